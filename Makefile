@@ -1,0 +1,55 @@
+# `make demo` and `make test` need only make and Python 3.11 or newer. Both install into $(VENV) on first use.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+DEMO := demo.png
+
+.PHONY: help demo test lint slow coverage clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo       install into $(VENV) and paint $(DEMO) along examples/canny.png"
+	@echo "make test       install with the dev extra and run the tests that are neither slow nor need a GPU"
+	@echo "make lint       flake8, isort and mypy"
+	@echo "make slow       the tests that take minutes"
+	@echo "make coverage   the tests of \`make test\`, failing under 85 % line coverage"
+	@echo "make clean      remove $(VENV) and $(DEMO)"
+	@echo "variables: PYTHON=python3.12  VENV=/some/folder"
+
+demo: $(VENV)/.installed
+	$(BIN)/arimg sample --control examples/canny.png -o $(DEMO)
+	@echo "The picture is $(CURDIR)/$(DEMO)"
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/python -m flake8 arimg tests
+	$(BIN)/python -m isort --check-only --diff arimg tests
+	$(BIN)/python -m mypy arimg
+
+# pytest exits with 5 when no test carries the mark: said aloud, and not a failure.
+slow: $(VENV)/.installed-dev
+	@$(BIN)/python -m pytest -m "slow and not cuda" || { code=$$?; [ $$code -eq 5 ] || exit $$code; \
+		echo "make slow: no test is marked slow, so none ran"; }
+
+coverage: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest --cov --cov-report=term
+
+clean:
+	rm -rf $(VENV) $(DEMO)
+
+# The stamps: a changed dependency list installs again, an unchanged one does not.
+$(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
+	$(call install,.)
+	touch $@
+
+$(VENV)/.installed-dev: setup.cfg pyproject.toml constraints.txt
+	$(call install,.[dev])
+	touch $(VENV)/.installed $@
+
+define install
+$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "arimg needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; type: make PYTHON=python3.12 ...")'
+$(PYTHON) -m venv $(VENV)
+$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '$(1)'
+endef

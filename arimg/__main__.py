@@ -1,0 +1,7 @@
+"""`python -m arimg` is the command `arimg`."""
+
+from __future__ import annotations
+
+from arimg.cli import main
+
+main(prog_name="arimg")

@@ -1,0 +1,1 @@
+"""Decoders: from a model and a condition to codes or latents."""

@@ -1,0 +1,1 @@
+"""Control images: extraction from photographs, encoding to tokens, fusion into a model."""

@@ -1,0 +1,54 @@
+"""Names of devices and precisions, and what "auto" means."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from arimg.errors import InputError, UnknownNameError
+
+DTYPES = {
+    "float32": torch.float32, "fp32": torch.float32, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16,
+    "float16": torch.float16, "fp16": torch.float16, "float64": torch.float64, "fp64": torch.float64,
+}
+
+
+def find_device(name: str | torch.device) -> torch.device:
+    """"auto" is the first CUDA device if there is one, else the CPU. Raises InputError on a device that is not here."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise InputError(f"device {str(name)!r} cannot be used here ({str(error).splitlines()[0][:120]}); "
+                         "use auto, cpu or cuda") from error
+    return device
+
+
+def find_dtype(name: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """"auto" is bfloat16 on CUDA and on CPUs that multiply it in hardware, else float32. Raises UnknownNameError."""
+    if isinstance(name, torch.dtype):
+        return name
+    if name == "auto":
+        fast = device.type == "cuda" or (device.type == "cpu" and _cpu_multiplies_bfloat16())
+        return torch.bfloat16 if fast else torch.float32
+    if name not in DTYPES:
+        raise UnknownNameError("dtype", name, ["auto", *DTYPES])
+    return DTYPES[name]
+
+
+def _cpu_multiplies_bfloat16() -> bool:
+    """Whether Linux lists AVX512-BF16 or AMX; elsewhere nobody says, so no."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all it was asked, so that a clock read afterwards is honest."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,1 @@
+"""Key maps between published checkpoints and ours: dictionaries in, dictionaries out."""

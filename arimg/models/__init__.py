@@ -1,0 +1,1 @@
+"""Networks that read tokens: transformers, their layers, and text conditioning."""

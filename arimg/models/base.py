@@ -1,0 +1,70 @@
+"""The contract between a network and a decoder.
+
+Letters: B images; R rows (images x guidance branches); P prefix slots; L tokens; W positions in one pass; K injection
+points; V codes; D width. A *slot* is a place in the sequence a backbone reads: the prefix has slots 0 .. P-1, token i
+is read at slot P+i, and the output at slot P-1+j predicts token j.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What a picture is of: class ids, or caption features with their mask. One of the two is set."""
+
+    class_ids_B: Tensor | None = None           # int64
+    caption_BPC: Tensor | None = None           # text features, left-padded
+    caption_mask_BP: Tensor | None = None       # bool, True on real caption slots; None = all real
+
+    @property
+    def rows(self) -> int:
+        """Number of images."""
+        tensor = self.class_ids_B if self.class_ids_B is not None else self.caption_BPC
+        assert tensor is not None, "a Condition holds class ids or a caption"
+        return tensor.shape[0]
+
+    @staticmethod
+    def cat(parts: Sequence["Condition"]) -> "Condition":
+        """Rows of all parts, one after the other."""
+        def join(tensors: list[Tensor | None]) -> Tensor | None:
+            found = [tensor for tensor in tensors if tensor is not None]
+            assert len(found) in (0, len(tensors)), (len(found), len(tensors))
+            return torch.cat(found) if found else None
+        return Condition(join([part.class_ids_B for part in parts]), join([part.caption_BPC for part in parts]),
+                         join([part.caption_mask_BP for part in parts]))
+
+
+class Backbone(Protocol):
+    """What a decoder may ask of a network. Implementations hold no run state: all of it lives in the cache."""
+
+    vocab_size: int         # V
+    prefix_length: int      # P
+    inject_points: int      # K; 0 when the network takes no control
+
+    def null(self, condition: Condition) -> Condition:
+        """The unconditional twin: null class, or the stored null caption under the same mask."""
+
+    def new_cache(self, rows: int, length: int, grid: tuple[int, int], prefix_mask_RP: Tensor | None = None) -> Any:
+        """A cache of `length` slots (prefix included) for images of `grid` = (h, w) tokens; opaque to decoders."""
+
+    def prefix(self, condition: Condition) -> Tensor:
+        """x_RPD: class or caption rows."""
+
+    def embed(self, codes_RW: Tensor, slots_RW: Tensor) -> Tensor:
+        """x_RWD: what the network reads for these codes at these slots."""
+
+    def step(self, x_RWD: Tensor, slots_RW: Tensor, cache: Any, inject_KRWD: Tensor | None = None,
+             mask_RWW: Tensor | None = None) -> Tensor:
+        """h_RWD. Writes keys and values by slot, so a later write to the same slot replaces it: no rollback. A query at
+        slot s sees every written slot <= s; `mask_RWW` (bool), when given, replaces that rule inside the pass. A pass
+        of fewer rows than the cache holds concerns its first rows. Slots are filled without gaps."""
+
+    def logits(self, h_RWD: Tensor) -> Tensor:
+        """logits_RWV."""

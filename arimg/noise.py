@@ -1,0 +1,79 @@
+"""Counter-based random numbers: a draw is a function of (seed, position, purpose, draw, index) and of nothing else.
+
+Philox-4x32-10 (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011) in integer tensor arithmetic, so
+the bits are the same on every device, for every batch size, batch order and number of processes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+_MASK = 0xFFFFFFFF
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+_ROUNDS = 10
+
+
+class Purpose(IntEnum):
+    """What a draw is for; draws of different purposes are independent."""
+
+    SAMPLE = 0      # Gumbel noise that picks a code
+    ACCEPT = 1      # acceptance tests
+    RESIDUAL = 2    # draws from a residual law
+    DRAFT = 3       # initial drafts
+    HEAD = 4        # diffusion-head steps
+    FLOW = 5        # starting noise of flows and one-step students
+    ORDER = 6       # generation orders
+    TEXT = 7        # null captions made from a seed
+
+
+def _mulhilo(multiplier: int, word: Tensor) -> tuple[Tensor, Tensor]:
+    """High and low 32 bits of a 32x32-bit product held in int64 (the wrapped high half is recovered by the mask)."""
+    product = word * multiplier
+    return (product >> 32) & _MASK, product & _MASK
+
+
+def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """Four 32-bit words (int64 tensors in [0, 2**32)) for broadcastable counter and key words."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(_ROUNDS):
+        high0, low0 = _mulhilo(_MULTIPLIERS[0], c0)
+        high1, low1 = _mulhilo(_MULTIPLIERS[1], c2)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
+    return c0, c1, c2, c3
+
+
+@dataclass(frozen=True)
+class CounterNoise:
+    """The random source of every decoder. `seeds_B` are int64, one per image; `positions_BW` are int64 token positions."""
+
+    def words(self, seeds_B: Tensor, positions_BW: Tensor, count: int, purpose: Purpose, draw: int = 0) -> Tensor:
+        """(B, W, count) int64 words in [0, 2**32)."""
+        blocks = torch.arange((count + 3) // 4, device=positions_BW.device)
+        zero = torch.zeros_like(positions_BW)[..., None]
+        counter = (blocks + zero, positions_BW[..., None] + 0 * blocks, zero + (int(purpose) & _MASK) + 0 * blocks,
+                   zero + (draw & _MASK) + 0 * blocks)
+        seeds = seeds_B.to(positions_BW.device)[:, None, None]
+        words = philox(counter, (seeds & _MASK, (seeds >> 32) & _MASK))
+        return torch.stack(words, dim=-1).flatten(-2)[..., :count]
+
+    def uniform(self, seeds_B: Tensor, positions_BW: Tensor, count: int, purpose: Purpose, draw: int = 0) -> Tensor:
+        """(B, W, count) float32 in (0, 1]; values near 0 keep 32 bits of resolution."""
+        return (self.words(seeds_B, positions_BW, count, purpose, draw).float() + 0.5) * 2.0 ** -32
+
+    def gumbel(self, seeds_B: Tensor, positions_BW: Tensor, count: int, purpose: Purpose = Purpose.SAMPLE,
+               draw: int = 0) -> Tensor:
+        """(B, W, count) standard Gumbel, float32: -log(E) with E = -log(1 - u), exact to 32 bits in the upper tail."""
+        uniform = self.uniform(seeds_B, positions_BW, count, purpose, draw).clamp_max(1 - 2.0 ** -24)
+        return -torch.log(-torch.log1p(-uniform))
+
+    def normal(self, seeds_B: Tensor, positions_BW: Tensor, count: int, purpose: Purpose, draw: int = 0) -> Tensor:
+        """(B, W, count) standard normal, float32, by Box and Muller."""
+        u1, u2 = self.uniform(seeds_B, positions_BW, 2 * count, purpose, draw).unflatten(-1, (count, 2)).unbind(-1)
+        return torch.sqrt(-2 * torch.log(u1)) * torch.cos(2 * torch.pi * u2)

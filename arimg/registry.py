@@ -1,0 +1,69 @@
+"""Names to "package.module:Attribute" strings. Listing names imports nothing; `load` imports what it returns.
+
+Other packages add entries through entry points of the group named in each registry (docs/extend.md).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Any
+
+from arimg.errors import UnknownNameError
+
+
+@dataclass(frozen=True)
+class Registry:
+    """A table of one kind of part: its own entries, then those of installed entry points."""
+
+    kind: str
+    group: str
+    entries: dict[str, str] = field(default_factory=dict)
+
+    def specs(self) -> dict[str, str]:
+        """All names with their "package.module:Attribute" strings; arimg's own names win over foreign ones."""
+        foreign = {point.name: point.value for point in entry_points(group=self.group)}
+        return {**foreign, **self.entries}
+
+    def names(self) -> tuple[str, ...]:
+        """All known names, sorted."""
+        return tuple(sorted(self.specs()))
+
+    def check(self, name: str) -> str:
+        """Return `name` if it is known. Raises UnknownNameError with the nearest names otherwise."""
+        if name not in self.entries and name not in self.specs():
+            raise UnknownNameError(self.kind, name, self.names())
+        return name
+
+    def load(self, name: str) -> Any:
+        """Import and return the object behind `name`. Raises UnknownNameError."""
+        self.check(name)
+        module, _, attribute = self.specs()[name].partition(":")
+        return getattr(import_module(module), attribute)
+
+
+TOKENIZERS = Registry("tokenizer", "arimg.tokenizers", {
+    "VQTokenizer": "arimg.tokenizers.vq:VQTokenizer",
+})
+MODELS = Registry("model", "arimg.models", {
+    "ARTransformer": "arimg.models.ar:ARTransformer",
+})
+CONTROL_MODULES = Registry("control module", "arimg.control_modules", {
+    "ControlAdapter": "arimg.control.adapter:ControlAdapter",
+})
+CONTROLS = Registry("control type", "arimg.controls", {
+    "canny": "arimg.control.canny:Canny",
+    "hed": "arimg.control.hed:SoftEdge",
+    "lineart": "arimg.control.lineart:Lineart",
+    "depth": "arimg.control.depth:Depth",
+    "seg": "arimg.control.seg:Segmentation",
+    "map": "arimg.control.base:AsIs",
+})
+DECODERS = Registry("decoder", "arimg.decoders", {
+    "ar": "arimg.accel.ar:PlainAR",
+})
+OBJECTIVES = Registry("objective", "arimg.objectives", {
+    "tokenizer": "arimg.train.tokenizer:TokenizerObjective",
+    "control": "arimg.train.control:ControlObjective",
+})
