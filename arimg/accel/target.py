@@ -1,0 +1,151 @@
+"""The law that every decoder samples from: guidance branches are formed and mixed here, and temperature, top-k and
+top-p are applied here, once, in float32 (float64 models stay in float64).
+
+Letters: B images; G guidance branches; R = G*B rows; W positions of a pass; L tokens; V codes; P prefix slots.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from arimg.accel.base import DecodeRequest, Guidance, Sampling
+from arimg.models.base import Backbone, Condition
+from arimg.models.layers import at_least_float32
+
+FULL, CLASS, NULL = "full", "class", "null"     # condition + control; condition alone; null condition alone
+
+
+def branch_scales(guidance: Guidance, controlled: bool) -> dict[str, float]:
+    """The branches that must be computed, each with the scale of the step that leads to it, in the order of rows.
+
+    guided = null + cfg * (class - null) + control_cfg * (full - class), so the weights are 1 - cfg, cfg - control_cfg
+    and control_cfg. A branch of weight 0 drops out of the chain without changing the other scales; control_cfg = cfg
+    leaves null + cfg * (full - null) (Ho and Salimans 2022). Outside an interval `full` is needed by itself.
+    """
+    control_cfg = guidance.control_cfg if controlled and guidance.control_cfg is not None else guidance.cfg
+    weights = {FULL: control_cfg, CLASS: guidance.cfg - control_cfg, NULL: 1 - guidance.cfg}
+    scales = {FULL: control_cfg, CLASS: guidance.cfg, NULL: 1.0}
+    limited = guidance.interval != (0, None)
+    return {name: scales[name] for name in scales if weights[name] or (name == FULL and limited)}
+
+
+def mix(logits_GBWV: Tensor, scales: dict[str, float]) -> Tensor:
+    """guided_BWV from the branches in the order of `scales`: the chain of `branch_scales`, from its last branch up."""
+    branches = list(zip(scales.values(), logits_GBWV))[::-1]
+    guided_BWV = branches[0][1]
+    for (_, lower_BWV), (scale, upper_BWV) in zip(branches, branches[1:]):
+        guided_BWV = guided_BWV + scale * (upper_BWV - lower_BWV)
+    return guided_BWV
+
+
+def filter_probs(logits_BWV: Tensor, sampling: Sampling) -> Tensor:
+    """p_BWV after temperature, top-k (ties with the k-th survive) and top-p (the code that crosses p survives)."""
+    logits_BWV = at_least_float32(logits_BWV)
+    if sampling.temperature == 0:
+        best_BW = logits_BWV.argmax(-1)
+        return F.one_hot(best_BW, logits_BWV.shape[-1]).to(logits_BWV.dtype)
+    logits_BWV = logits_BWV / sampling.temperature
+    if 0 < sampling.top_k < logits_BWV.shape[-1]:
+        kth_BW1 = logits_BWV.topk(sampling.top_k).values[..., -1:]
+        logits_BWV = logits_BWV.masked_fill(logits_BWV < kth_BW1, float("-inf"))
+    if sampling.top_p < 1:
+        logits_BWV = logits_BWV.masked_fill(_beyond_nucleus(logits_BWV, sampling.top_p), float("-inf"))
+    return logits_BWV.softmax(-1)
+
+
+def _beyond_nucleus(logits_BWV: Tensor, top_p: float) -> Tensor:
+    """Bool: codes whose better-ranked codes already hold more than `top_p` (Holtzman et al. 2020)."""
+    sorted_BWV, order_BWV = logits_BWV.sort(dim=-1, descending=True, stable=True)
+    held_BWV = sorted_BWV.softmax(-1).cumsum(-1)
+    before_BWV = F.pad(held_BWV[..., :-1], (1, 0))
+    return torch.zeros_like(logits_BWV, dtype=torch.bool).scatter_(-1, order_BWV, before_BWV > top_p)
+
+
+class Target:
+    """The run state of one decode: rows of all branches in one batch, their cache, and the number of passes so far.
+
+    Call `start` first; it may be called again to begin anew. Positions are token positions in [0, L); `step` reads
+    codes there and returns the laws of the positions after them. A position may be read again with another code, which
+    replaces the first. Reading position L-1 or beyond is allowed as a filler in ragged batches: its law means nothing
+    and no other position sees it.
+    """
+
+    def __init__(self, backbone: Backbone, request: DecodeRequest) -> None:
+        self.request = request
+        self.forward_passes = 0
+        self._backbone = backbone
+        self._scales = branch_scales(request.guidance, request.inject_KBLD is not None)
+        self._condition = Condition.cat([backbone.null(request.condition) if name == NULL else request.condition
+                                         for name in self._scales])
+        inject = request.inject_KBLD if FULL in self._scales else None
+        self._inject_KBND = None if inject is None else F.pad(inject, (0, 0, 0, 1))     # N = L+1, the last row is zero
+        self._cache: Any = None
+
+    def start(self) -> Tensor:
+        """Read the prefix. p_B1V: the law of token 0."""
+        return filter_probs(self.start_logits(), self.request.sampling)
+
+    def step(self, codes_BW: Tensor, positions_BW: Tensor, reached: int = 0) -> Tensor:
+        """Read int64 codes at positions. p_BWV: laws of the tokens at positions_BW + 1.
+
+        `reached`, known on the host, promises that no position from here on is lower: once guidance has stopped for all
+        of them, the other branches are no longer computed.
+        """
+        return filter_probs(self.step_logits(codes_BW, positions_BW, reached), self.request.sampling)
+
+    def draw(self, p_BWV: Tensor, positions_BW: Tensor) -> Tensor:
+        """codes_BW = argmax(log p + Gumbel noise of each image's seed at the positions of the drawn tokens)."""
+        gumbel_BWV = self.request.noise.gumbel(self.request.seeds_B, positions_BW, p_BWV.shape[-1])
+        return (p_BWV.log() + gumbel_BWV).argmax(-1)
+
+    def start_logits(self) -> Tensor:
+        """As `start`, the guided logits before temperature and filters."""
+        branches, length = len(self._scales), self._backbone.prefix_length
+        x_RPD = self._backbone.prefix(self._condition)
+        slots_RP = torch.arange(length, device=x_RPD.device).expand(x_RPD.shape[0], -1)
+        self._cache = self._backbone.new_cache(x_RPD.shape[0], length + self.request.length, self.request.grid,
+                                               self._condition.caption_mask_BP)
+        self.forward_passes = 1
+        tokens_B1 = slots_RP.new_zeros(x_RPD.shape[0] // branches, 1)
+        inject = self._inject(tokens_B1, branches)
+        if inject is not None:
+            inject = F.pad(inject, (0, 0, length - 1, 0))
+        h_RPD = self._backbone.step(x_RPD, slots_RP, self._cache, inject)
+        return self._guided(h_RPD[:, -1:], tokens_B1, self._scales)
+
+    def step_logits(self, codes_BW: Tensor, positions_BW: Tensor, reached: int = 0) -> Tensor:
+        """As `step`, the guided logits before temperature and filters."""
+        stop = self.request.guidance.interval[1]
+        scales = self._scales if stop is None or reached + 1 < stop else {FULL: self._scales[FULL]}
+        positions_BW = positions_BW.clamp(max=self.request.length - 1)
+        slots_RW = (self._backbone.prefix_length + positions_BW).repeat(len(scales), 1)
+        x_RWD = self._backbone.embed(codes_BW.repeat(len(scales), 1), slots_RW)
+        self.forward_passes += 1
+        h_RWD = self._backbone.step(x_RWD, slots_RW, self._cache, self._inject(positions_BW + 1, len(scales)))
+        return self._guided(h_RWD, positions_BW + 1, scales)
+
+    def _inject(self, tokens_BW: Tensor, branches: int) -> Tensor | None:
+        """inject_KRWD for the passes that predict these tokens: the full branch comes first, the others get zero."""
+        if self._inject_KBND is None:
+            return None
+        rows_B1 = torch.arange(tokens_BW.shape[0], device=tokens_BW.device)[:, None]
+        inject_KBWD = self._inject_KBND[:, rows_B1, tokens_BW]
+        return F.pad(inject_KBWD, (0, 0, 0, 0, 0, (branches - 1) * tokens_BW.shape[0]))
+
+    def _guided(self, h_RWD: Tensor, tokens_BW: Tensor, scales: dict[str, float]) -> Tensor:
+        """guided_BWV for the tokens that the passes predict; outside the guidance interval the full branch alone."""
+        logits_GBWV = at_least_float32(self._backbone.logits(h_RWD)).unflatten(0, (len(scales), -1))
+        first, stop = self.request.guidance.interval
+        if len(scales) == 1:
+            return logits_GBWV[0]
+        guided_BWV = mix(logits_GBWV, scales)
+        if (first, stop) == (0, None):
+            return guided_BWV
+        inside_BW = tokens_BW >= first
+        if stop is not None:
+            inside_BW = inside_BW & (tokens_BW < stop)
+        return torch.where(inside_BW[..., None], guided_BWV, logits_GBWV[0])
