@@ -1,0 +1,60 @@
+"""The control component of a pipeline: encoder and fusion, a map in, `inject_KBLD` out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from arimg.control.encoder import ControlEncoder, EncoderConfig
+from arimg.control.fusion import ControlFusion
+from arimg.errors import CheckpointError, InputError
+
+
+@dataclass(frozen=True)
+class ControlConfig(EncoderConfig):
+    """An encoder and the model it feeds."""
+
+    dim: int = 256          # D, width of the AR model
+    points: int = 3         # K, number of injection points
+
+
+class ControlAdapter(nn.Module):
+    """ControlAR's control path. Weights of a pretrained encoder are loaded once and never initialised again."""
+
+    def __init__(self, config: ControlConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = ControlEncoder(config)
+        self.fusion = ControlFusion(config.embed_dim, config.dim, config.points)
+
+    def load_encoder(self, state: Mapping[str, Tensor]) -> None:
+        """Copy pretrained encoder weights (keys as `interop.controlar.encoder_state` gives them).
+
+        Raises CheckpointError that names every missing, unexpected and misshapen key.
+        """
+        own = self.encoder.state_dict()
+        faults = [f"missing {key}" for key in own if key not in state and not key.startswith("type_embed.")]
+        faults += [f"unexpected {key}" for key in state if key not in own]
+        faults += [f"{key} is {tuple(state[key].shape)}, the config says {tuple(own[key].shape)}"
+                   for key in own if key in state and own[key].shape != state[key].shape]
+        if faults:
+            raise CheckpointError(f"encoder weights do not fit the control config ({len(faults)} keys): "
+                                  f"{'; '.join(faults)}; use the config of the model the file belongs to")
+        self.encoder.load_state_dict({**own, **state})
+
+    def type_id(self, name: str) -> int:
+        """Index of a control type the adapter was trained on. Raises InputError for any other type."""
+        if name not in self.config.types:
+            raise InputError(f"control type {name!r}: this model was trained on {', '.join(self.config.types)}; "
+                             "use one of these")
+        return self.config.types.index(name)
+
+    def tokens(self, maps_B3HW: Tensor, resample: str = "nearest", type_ids_B: Tensor | None = None) -> Tensor:
+        """tokens_BLE of maps in [-1, 1]; see ControlEncoder.forward."""
+        return self.encoder(maps_B3HW, resample, type_ids_B)
+
+    def inject(self, maps_B3HW: Tensor, resample: str = "nearest", type_ids_B: Tensor | None = None) -> Tensor:
+        """inject_KBLD at strength 1: row j is added where token j is predicted. `combine` sets strength and window."""
+        return self.fusion(self.tokens(maps_B3HW, resample, type_ids_B))
