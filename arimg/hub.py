@@ -1,0 +1,136 @@
+"""Our networks and pipeline as diffusers classes: `from_pretrained`, `save_pretrained`, offloading, `push_to_hub`.
+
+Thin shells: same names, same state-dict keys, same folders as arimg.Pipeline. Importing this module imports diffusers.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from diffusers import ConfigMixin, DiffusionPipeline, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from torch import nn
+
+from arimg.checkpoints import PipelineSettings, find_model, read_index
+from arimg.config import from_dict, to_dict
+from arimg.control import adapter
+from arimg.models import ar
+from arimg.models.text import TextEncoder
+from arimg.pipeline import Pipeline
+from arimg.tokenizers import vq
+
+
+class _Config(dict[str, Any]):
+    """The constructor's keywords as diffusers reads them, with the attributes and properties of the dataclass."""
+
+    def __init__(self, plain: Any) -> None:
+        super().__init__(to_dict(plain))
+        self._plain = plain
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):        # while a copy is being built there is no `_plain` yet
+            raise AttributeError(name)
+        return getattr(self._plain, name)
+
+
+class _Shell(ModelMixin, ConfigMixin):
+    """`.config` reads as diffusers' dictionary (`config["dim"]`) and as the network's dataclass (`config.dim`)."""
+
+    config_name = "config.json"
+
+    @property
+    def config(self) -> Any:
+        """The constructor's keywords."""
+        return self._config
+
+    @config.setter
+    def config(self, plain: Any) -> None:
+        self._config = _Config(plain)
+
+    def __getattr__(self, name: str) -> Any:
+        """Sub-modules come before config entries of the same name (`layers`), unlike in ModelMixin."""
+        return nn.Module.__getattr__(self, name)
+
+
+def _flat_init(network: type[nn.Module], config_class: Any) -> Callable[..., None]:
+    """A constructor that takes the fields of `config_class` as keywords, which diffusers reads off its signature."""
+    def __init__(self: Any, **fields: Any) -> None:
+        network.__init__(self, from_dict(config_class, fields))
+
+    parameters = [inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)]
+    parameters += [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default)
+                   for name, default in to_dict(config_class()).items()]
+    __init__.__signature__ = inspect.Signature(parameters)                      # type: ignore[attr-defined]
+    registered: Callable[..., None] = register_to_config(__init__)
+    return registered
+
+
+class VQTokenizer(vq.VQTokenizer, _Shell):
+    """arimg.tokenizers.vq.VQTokenizer; keywords are the fields of VQConfig."""
+
+    __init__ = _flat_init(vq.VQTokenizer, vq.VQConfig)
+
+
+class ARTransformer(ar.ARTransformer, _Shell):
+    """arimg.models.ar.ARTransformer; keywords are the fields of ARConfig."""
+
+    __init__ = _flat_init(ar.ARTransformer, ar.ARConfig)
+
+
+class ControlAdapter(adapter.ControlAdapter, _Shell):
+    """arimg.control.adapter.ControlAdapter; keywords are the fields of ControlConfig."""
+
+    __init__ = _flat_init(adapter.ControlAdapter, adapter.ControlConfig)
+
+
+class ArimgPipeline(DiffusionPipeline):
+    """The pipeline as a DiffusionPipeline: `ArimgPipeline.from_pretrained(name)(control=image, guidance_scale=3.0)`.
+
+    Its folders and those of arimg.Pipeline are the same. Load it with this class: DiffusionPipeline.from_pretrained
+    looks for class names in diffusers only.
+    """
+
+    _optional_components = ["control", "text_encoder", "text_tokenizer"]
+    model_cpu_offload_seq = "text_encoder->control->transformer->tokenizer"
+
+    def __init__(self, tokenizer: nn.Module, transformer: nn.Module, control: nn.Module | None = None,
+                 text_encoder: Any = None, text_tokenizer: Any = None,
+                 settings: Mapping[str, Any] | None = None) -> None:
+        super().__init__()
+        self.register_modules(tokenizer=tokenizer, transformer=transformer, control=control, text_encoder=text_encoder,
+                              text_tokenizer=text_tokenizer)
+        self.register_to_config(settings=dict(settings or to_dict(PipelineSettings())))
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, revision: str | None = None,
+                        local_files_only: bool = False, **kwargs: Any) -> "ArimgPipeline":
+        """Load an embedded model, a folder or a hub id; `kwargs` go to diffusers (`dtype`, `device_map`, components).
+
+        Raises CheckpointError or UnknownNameError, also on folders that want code from libraries we do not trust.
+        """
+        folder = find_model(pretrained_model_name_or_path, revision, local_files_only)
+        read_index(folder)
+        kwargs.pop("custom_pipeline", None)                 # would run the folder's own code
+        loaded: ArimgPipeline = super().from_pretrained(str(folder), **kwargs)
+        return loaded
+
+    def __call__(self, control: Any = None, callback_on_step_end: Callable[..., Any] | None = None,
+                 **options: Any) -> Any:
+        """Paint pictures; see arimg.pipeline.Pipeline.__call__ and arimg.call.CallOptions for the keywords.
+
+        The diffusers names work too: guidance_scale, controlnet_conditioning_scale, control_guidance_start,
+        control_guidance_end, class_labels, generator, num_images_per_prompt, height, width, output_type, return_dict.
+        """
+        def callback(_: Pipeline, *arguments: Any) -> Any:
+            assert callback_on_step_end is not None
+            return callback_on_step_end(self, *arguments)
+        return self.plain()(control, callback_on_step_end=callback_on_step_end and callback, **options)
+
+    def plain(self) -> Pipeline:
+        """The same networks as an arimg.Pipeline."""
+        text = None if self.text_encoder is None else TextEncoder(self.text_encoder, self.text_tokenizer)
+        return Pipeline(self.tokenizer, self.transformer, self.control, text,
+                        from_dict(PipelineSettings, self.config.settings))
