@@ -1,0 +1,22 @@
+"""`arimg train`: a training run from a YAML file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+@click.command("train", epilog="\b\nExample: arimg train configs/train/emoji-tokenizer.yaml optim.steps=200")
+@click.argument("config", metavar="CONFIG.yaml")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--resume", default="latest", show_default=True, metavar="latest|FOLDER",
+              help="Go on from this run's last checkpoint, if there is one, or from a checkpoint folder.")
+def command(config: str, overrides: tuple[str, ...], resume: str) -> None:
+    """Train what CONFIG.yaml describes; KEY=VALUE changes single values. Prints the folder of the trained weights.
+
+    On several devices: accelerate launch -m arimg.train CONFIG.yaml ..., or torchrun -m with the same.
+    """
+    from arimg.train.launch import main
+
+    click.echo(main(Path(config), overrides, resume))

@@ -1,0 +1,253 @@
+"""The road from a condition to pixels: control images and a class or caption in, codes and pictures out."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from arimg import images
+from arimg.accel.base import DecodeRequest, DecodeStats, Guidance, OnStep, Sampling, StepInfo
+from arimg.accel.target import Target
+from arimg.call import CallOptions, call_options, checked_size, image_seeds
+from arimg.checkpoints import PipelineSettings, find_model, load_component, read_index, save_pipeline
+from arimg.conditions import ControlMap, condition_of, control_maps, log, repeat_condition, repeat_rows
+from arimg.control.fusion import combine
+from arimg.devices import find_device, find_dtype, synchronize
+from arimg.errors import CheckpointError, InputError
+from arimg.models.text import TextEncoder
+from arimg.registry import DECODERS
+
+
+class PipelineOutput(NamedTuple):
+    """What a call returns; `output[0]` is `output.images`, as in diffusers."""
+
+    images: Any                     # PIL list; (B, H, W, 3) array or (B, 3, H, W) tensor in [0, 1]; or latents
+    codes: Tensor                   # codes_BL
+    latents: Tensor                 # latents_BChw, the code vectors of `codes`
+    stats: DecodeStats
+    maps: tuple[Tensor, ...]        # per control (1 or B, 3, H, W) in [-1, 1], as the model saw it
+    seeds: tuple[int, ...]          # per picture
+
+
+class Pipeline:
+    """Tokenizer, transformer and, as the model has them, control component and text encoder.
+
+        pipe = Pipeline.from_pretrained("emoji")
+        pipe(control="canny.png", class_name="fluent/animals", seeds=[0, 1, 2, 3]).images[0].save("cat.png")
+
+    A pipeline holds no state between calls.
+    """
+
+    def __init__(self, tokenizer: Any, transformer: Any, control: Any = None, text: TextEncoder | None = None,
+                 settings: PipelineSettings = PipelineSettings()) -> None:
+        """Raises CheckpointError when the parts do not fit together."""
+        self.tokenizer = tokenizer
+        self.transformer = transformer
+        self.control = control
+        self.text = text
+        self.settings = settings
+        _check_fit(tokenizer, transformer, control)
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | Path, device: str | torch.device = "auto",
+                        dtype: str | torch.dtype = "auto", revision: str | None = None, local_files_only: bool = False,
+                        text: bool = True) -> "Pipeline":
+        """Load an embedded model by its name, a pipeline folder, or a hub id.
+
+        `dtype` "auto" is bfloat16 where the device multiplies it fast, else float32; the tokenizer keeps at least
+        float32. `text=False` leaves the text encoder out; captions are then given as `prompt_embeds`.
+        Raises UnknownNameError, CheckpointError, InputError (device, dtype), MissingExtraError (text encoder).
+        """
+        folder = find_model(name_or_path, revision, local_files_only)
+        index = read_index(folder)
+        place = find_device(device)
+        kind = find_dtype(dtype, place)
+        for name in ("tokenizer", "transformer"):
+            if name not in index.components:
+                raise CheckpointError(f"{folder}: model_index.json names no {name}, without which nothing is painted")
+        encoder = None
+        if text and "text_encoder" in index.components:
+            encoder = TextEncoder.from_folder(folder / "text_encoder", folder / "text_tokenizer", kind, place)
+        return cls(load_component(folder / "tokenizer", _at_least_float32(kind), place),
+                   load_component(folder / "transformer", kind, place),
+                   load_component(folder / "control", kind, place) if "control" in index.components else None,
+                   encoder, index.settings)
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Write a pipeline folder, or nothing. Raises CheckpointError."""
+        return save_pipeline(folder, self.components, self.settings)
+
+    @property
+    def components(self) -> dict[str, Any]:
+        """Sub-folder name -> part, those that the pipeline has."""
+        parts = {"tokenizer": self.tokenizer, "transformer": self.transformer, "control": self.control}
+        if self.text is not None:
+            parts |= {"text_encoder": self.text.model, "text_tokenizer": self.text.tokenizer}
+        return {name: part for name, part in parts.items() if part is not None}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the transformer lies."""
+        return next(self.transformer.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The transformer's precision."""
+        return next(self.transformer.parameters()).dtype
+
+    @property
+    def control_types(self) -> tuple[str, ...]:
+        """The types of control image that the model was trained on."""
+        if self.control is None:
+            return ()
+        return self.settings.control_types or tuple(self.control.config.types)
+
+    def to(self, *targets: str | torch.device | torch.dtype) -> "Pipeline":
+        """Move all networks to a device, a dtype or both (`pipe.to("cuda", torch.bfloat16)`). Returns the pipeline."""
+        for name, part in self.components.items():
+            for target in targets if isinstance(part, torch.nn.Module) else ():
+                if isinstance(target, torch.dtype):
+                    part.to(_at_least_float32(target) if name == "tokenizer" else target)
+                else:
+                    part.to(find_device(target))
+        return self
+
+    @torch.no_grad()
+    def __call__(self, control: Any = None, **options: Any) -> Any:
+        """Paint pictures. Keywords: the fields of `arimg.call.CallOptions`, and its DIFFUSERS_NAMES.
+
+        A picture depends on the options and on its own seed, not on what else is in the batch. Returns a
+        PipelineOutput, or the tuple (images,) with return_dict=False. Raises InputError, UnknownNameError and
+        MissingExtraError, each with one line that says what to give instead.
+        """
+        call = call_options({"control": control, **options}, self.settings)
+        decoder = DECODERS.load(call.decoder)() if isinstance(call.decoder, str) else call.decoder
+        clock = _Clock(self.device)
+        request, maps = self._request(call)
+        clock.lap("control")
+        result = decoder.decode(Target(self.transformer, request), request, self._on_step(call))
+        clock.lap("tokens")
+        assert result.codes_BL is not None, "a discrete decoder returns codes"
+        latents_BChw = self.tokenizer.space().codebook_VC[result.codes_BL].unflatten(1, request.grid).movedim(-1, 1)
+        pictures = latents_BChw
+        if call.output_type != "latent":
+            pictures = _pictures(self.tokenizer.decode_codes(result.codes_BL, request.grid), call.output_type)
+        clock.lap("pixels")
+        output = PipelineOutput(pictures, result.codes_BL, latents_BChw, replace(result.stats, seconds=clock.seconds),
+                                tuple(one.maps_R3HW for one in maps), tuple(request.seeds_B.tolist()))
+        return output if call.return_dict else (output.images,)
+
+    def _request(self, call: CallOptions) -> tuple[DecodeRequest, list[ControlMap]]:
+        """What is to be decoded, and the control maps it was made from."""
+        guidance = Guidance(call.cfg, call.control_cfg, call.cfg_interval)
+        sampling = Sampling(call.temperature, call.top_k, call.top_p)
+        size = self._size(call)
+        grid = (size[0] // self.tokenizer.stride, size[1] // self.tokenizer.stride)
+        if self.control is None and (call.control is not None or call.control_from is not None):
+            raise InputError("a control image is given, but this model has no control component; leave it out, or "
+                             "choose another model")
+        maps = control_maps(call, self.control_types, size)
+        condition = condition_of(call, self.transformer, self.settings.class_names, self.text)
+        seeds = image_seeds(call, max([condition.rows, *(len(one.maps_R3HW) for one in maps)]))
+        request = DecodeRequest(
+            condition=repeat_condition(condition, call.n, len(seeds)), grid=grid,
+            seeds_B=torch.tensor(seeds, device=self.device), inject_KBLD=self._inject(maps, call.n, len(seeds)),
+            guidance=guidance, sampling=sampling, space=self.tokenizer.space(),
+            forced_BL=self._given_codes("forced", call.forced, (len(seeds), grid[0] * grid[1])),
+            draft_BL=self._given_codes("draft", call.draft, (len(seeds), grid[0] * grid[1])), steps=call.steps)
+        return request, maps
+
+    def _size(self, call: CallOptions) -> tuple[int, int]:
+        height, width = checked_size(call.size, self.tokenizer.stride)
+        if (height, width) != self.settings.size:
+            log.warning("size %dx%d: the model was trained at %dx%d, so the picture may be weaker", height, width,
+                        *self.settings.size)
+        return height, width
+
+    def _inject(self, maps: list[ControlMap], each: int, rows: int) -> Tensor | None:
+        """inject_KBLD of all controls; a map that several pictures share is encoded once."""
+        if not maps:
+            return None
+        injects = []
+        for one in maps:
+            maps_R3HW = one.maps_R3HW.to(self.device, self.dtype)
+            type_ids_R = None
+            if self.control.config.reads_type:
+                type_id = self.control.type_id(one.type.name)
+                type_ids_R = torch.full((len(maps_R3HW),), type_id, device=self.device)
+            inject_KRLD = self.control.inject(maps_R3HW, one.type.resample, type_ids_R)
+            injects.append(repeat_rows(inject_KRLD, each, rows, dim=1))
+        return combine(injects, *zip(*((one.scale, one.start, one.end) for one in maps)))
+
+    def _given_codes(self, name: str, codes: Any, shape: tuple[int, int]) -> Tensor | None:
+        """codes_BL given by the caller, one row for all pictures or one for each; -1 = free. Raises InputError."""
+        if codes is None:
+            return None
+        codes_BL = torch.as_tensor(codes, device=self.device)
+        codes_BL = codes_BL[None] if codes_BL.ndim == 1 else codes_BL
+        if codes_BL.shape not in (shape, (1, shape[1])) or codes_BL.is_floating_point():
+            raise InputError(f"{name} is {codes_BL.dtype} of shape {tuple(codes_BL.shape)}; give whole numbers of "
+                             f"shape {shape} or ({shape[1]},)")
+        low, high = int(codes_BL.min()), int(codes_BL.max())
+        if low < -1 or high >= self.transformer.vocab_size:
+            raise InputError(f"{name} holds codes from {low} to {high}; the codes are 0 to "
+                             f"{self.transformer.vocab_size - 1}, and -1 where the model is free")
+        return codes_BL.long().expand(shape)
+
+    def _on_step(self, call: CallOptions) -> OnStep | None:
+        """Our callback and that of diffusers as one."""
+        ours, theirs = call.on_step, call.callback_on_step_end
+        if theirs is None:
+            return ours
+
+        def both(info: StepInfo) -> None:
+            if ours is not None:
+                ours(info)
+            theirs(self, info.forward_pass - 1, info.fixed_tokens, {"codes": info.codes_BL})
+        return both
+
+
+def _check_fit(tokenizer: Any, transformer: Any, control: Any) -> None:
+    faults = []
+    if tokenizer.vocab_size != transformer.vocab_size:
+        faults.append(f"the tokenizer has {tokenizer.vocab_size} codes, the transformer {transformer.vocab_size}")
+    if control is not None:
+        for name, ours, theirs in (("pixels per token", control.config.stride, tokenizer.stride),
+                                   ("width", control.config.dim, transformer.config.dim),
+                                   ("injection points", control.config.points, transformer.inject_points)):
+            if ours != theirs:
+                faults.append(f"{name}: {ours} in the control component, {theirs} in the others")
+    if faults:
+        raise CheckpointError(f"the parts of the pipeline belong to different models: {'; '.join(faults)}")
+
+
+def _at_least_float32(kind: torch.dtype) -> torch.dtype:
+    return torch.promote_types(kind, torch.float32)
+
+
+def _pictures(images_B3HW: Tensor, output_type: str) -> Any:
+    """Pictures of [-1, 1] in the form asked for."""
+    if output_type == "pil":
+        return [images.to_pil(image_3HW) for image_3HW in images_B3HW]
+    scaled_B3HW = (images_B3HW.float() / 2 + 0.5).clamp(0, 1)
+    return scaled_B3HW if output_type == "pt" else scaled_B3HW.permute(0, 2, 3, 1).cpu().numpy()
+
+
+class _Clock:
+    """Seconds per stage; the device is waited for at each lap."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.seconds: dict[str, float] = {}
+        self._device = device
+        self._last = time.perf_counter()
+
+    def lap(self, stage: str) -> None:
+        synchronize(self._device)
+        now = time.perf_counter()
+        self.seconds[stage] = round(now - self._last, 6)
+        self._last = now
