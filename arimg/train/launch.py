@@ -1,0 +1,32 @@
+"""From a YAML file to a running loop: `arimg train configs/train/X.yaml [key=value ...]`, or under torchrun or
+`accelerate launch -m arimg.train ...` with the same arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from arimg.config import dump_config, from_dict, load_config, read_values
+from arimg.errors import ConfigError
+from arimg.registry import OBJECTIVES
+
+
+def load_run(path: Path, overrides: Sequence[str] = ()) -> Any:
+    """The objective's config from a YAML file and overrides. Raises ConfigError, UnknownNameError."""
+    values = read_values(path, overrides)
+    name = values.get("objective")
+    if not isinstance(name, str):
+        raise ConfigError(f"{path}: has no objective; write objective: {' or '.join(OBJECTIVES.names())}")
+    return from_dict(OBJECTIVES.load(name).config_class, values)
+
+
+def main(path: Path, overrides: Sequence[str] = (), resume: str = "latest") -> Path:
+    """Train; returns the folder of exported weights. Raises ConfigError and what the objective raises."""
+    config = load_run(path, overrides)
+    from arimg.train.loop import train
+
+    folder = config.folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    return train(config, OBJECTIVES.load(config.objective)(config), resume)
