@@ -1,0 +1,221 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from arimg.accel.base import DecodeRequest, Guidance, Sampling
+from arimg.accel.target import Target, branch_scales, filter_probs, mix
+from arimg.control.fusion import combine
+from arimg.errors import InputError
+from arimg.models.ar import ARTransformer
+from tests.models.toy import toy_captions, toy_classes, toy_codes, toy_inject, toy_model
+
+GRID, LENGTH = (4, 4), 16
+
+
+def request(batch: int = 2, **changes: Any) -> DecodeRequest:
+    condition = changes.pop("condition", toy_classes(batch))
+    return DecodeRequest(condition, GRID, torch.arange(batch), **changes)
+
+
+@torch.no_grad()
+def guided(model: ARTransformer, codes: Tensor, **changes: Any) -> Tensor:
+    """Guided logits_BLV of all positions for these codes."""
+    target = Target(model, request(codes.shape[0], **changes))
+    positions = torch.arange(LENGTH - 1).expand(codes.shape[0], -1)
+    return torch.cat([target.start_logits(), target.step_logits(codes[:, :-1], positions)], dim=1)
+
+
+class Recorder:
+    """A backbone that notes the rows of every pass."""
+
+    def __init__(self, model: ARTransformer) -> None:
+        self.model, self.rows = model, list[int]()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
+
+    def step(self, x: Tensor, *args: Any) -> Tensor:
+        self.rows.append(x.shape[0])
+        return self.model.step(x, *args)
+
+
+@pytest.mark.parametrize("guidance, controlled, branches", [
+    (Guidance(), True, ["full"]),
+    (Guidance(), False, ["full"]),
+    (Guidance(cfg=3.0), True, ["full", "null"]),
+    (Guidance(cfg=3.0, control_cfg=3.0), True, ["full", "null"]),
+    (Guidance(cfg=3.0, control_cfg=2.0), True, ["full", "class", "null"]),
+    (Guidance(cfg=3.0, control_cfg=2.0), False, ["full", "null"]),
+    (Guidance(cfg=1.0, control_cfg=2.0), True, ["full", "class"]),
+    (Guidance(cfg=3.0, control_cfg=0.0), True, ["class", "null"]),
+    (Guidance(cfg=3.0, control_cfg=0.0, interval=(0, 4)), True, ["full", "class", "null"]),
+    (Guidance(cfg=1.0, control_cfg=0.0), True, ["class"]),
+    (Guidance(cfg=0.0), True, ["null"]),
+    (Guidance(cfg=1.0, interval=(2, None)), True, ["full"]),
+])
+def test_branches_of_weight_zero_are_not_computed(guidance: Guidance, controlled: bool, branches: list[str]) -> None:
+    assert list(branch_scales(guidance, controlled)) == branches
+    recorder = Recorder(toy_model())
+    target = Target(recorder, request(inject_KBLD=toy_inject(2) if controlled else None, guidance=guidance))
+    with torch.no_grad():
+        target.start()
+    assert recorder.rows == [2 * len(branches)]
+
+
+@pytest.mark.parametrize("cfg", [0.0, 0.5, 1.0, 3.0])
+@pytest.mark.parametrize("control_cfg", [None, 0.0, 1.0, 3.0, 4.0])
+def test_three_branch_formula(cfg: float, control_cfg: float | None) -> None:
+    model, codes, inject = toy_model().double(), toy_codes(2), toy_inject(2).double()
+    full = model(codes, toy_classes(2), GRID, inject)
+    plain = model(codes, toy_classes(2), GRID)
+    null = model(codes, model.null(toy_classes(2)), GRID)
+    w_full = cfg if control_cfg is None else control_cfg
+    expected = w_full * full + (cfg - w_full) * plain + (1 - cfg) * null
+    got = guided(model, codes, inject_KBLD=inject, guidance=Guidance(cfg, control_cfg))
+    torch.testing.assert_close(got, expected.detach())
+
+
+def test_caption_guidance_keeps_the_prompts_mask_in_the_null_half() -> None:
+    model, codes, condition = toy_model(conditioning="text").double(), toy_codes(3), toy_captions(3)
+    full, null = (model(codes, part, GRID) for part in (condition, model.null(condition)))
+    got = guided(model, codes, condition=condition, guidance=Guidance(cfg=4.0))
+    torch.testing.assert_close(got, (null + 4.0 * (full - null)).detach())
+
+
+@pytest.mark.parametrize("interval", [(0, None), (0, 1), (0, 6), (3, None), (3, 6), (15, None), (0, 99)])
+def test_interval_guides_exactly_its_positions(interval: tuple[int, int | None]) -> None:
+    model, codes, inject = toy_model(), toy_codes(2), toy_inject(2)
+    scales = {"cfg": 3.0, "control_cfg": 2.0}
+    got = guided(model, codes, inject_KBLD=inject, guidance=Guidance(interval=interval, **scales))
+    inside, outside = guided(model, codes, inject_KBLD=inject, guidance=Guidance(**scales)), guided(
+        model, codes, inject_KBLD=inject)
+    positions = torch.arange(LENGTH)
+    within = (positions >= interval[0]) & (positions < (interval[1] or LENGTH))
+    torch.testing.assert_close(got[:, within], inside[:, within], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got[:, ~within], outside[:, ~within], rtol=1e-5, atol=1e-5)
+    assert (inside - outside).abs().amax((0, 2)).min() > 1e-2
+
+
+def test_other_branches_stop_with_the_interval() -> None:
+    model, codes = toy_model(), toy_codes(2)
+    recorder = Recorder(model)
+    guidance = Guidance(cfg=3.0, interval=(0, 4))
+    target = Target(recorder, request(guidance=guidance))
+    positions = torch.arange(LENGTH).expand(2, -1)
+    with torch.no_grad():
+        logits = [target.start_logits()]
+        for j in range(LENGTH - 1):
+            logits.append(target.step_logits(codes[:, j:j + 1], positions[:, j:j + 1], reached=j))
+    assert recorder.rows == [4] * 4 + [2] * 12
+    torch.testing.assert_close(torch.cat(logits, dim=1), guided(model, codes, guidance=guidance), rtol=1e-4, atol=1e-4)
+
+
+def test_strength_zero_equals_no_control_bit_for_bit() -> None:
+    model, codes = toy_model(), toy_codes(2)
+    zero = combine([toy_inject(2)], [0.0], [0.0], [1.0])
+    for cfg in (1.0, 3.0):
+        assert torch.equal(guided(model, codes, inject_KBLD=zero, guidance=Guidance(cfg)),
+                           guided(model, codes, guidance=Guidance(cfg)))
+
+
+def test_start_and_end_touch_exactly_their_positions() -> None:
+    model, codes, inject = toy_model(), toy_codes(1), toy_inject(1)
+    plain, full = guided(model, codes), guided(model, codes, inject_KBLD=inject)
+    late = guided(model, codes, inject_KBLD=combine([inject], [1.0], [0.5], [1.0]))
+    early = guided(model, codes, inject_KBLD=combine([inject], [1.0], [0.0], [0.5]))
+    assert torch.equal(late[:, :8], plain[:, :8]) and torch.equal(early[:, :8], full[:, :8])
+    assert (late - plain)[:, 8:].abs().amax(-1).min() > 1e-2
+    assert (early - full)[:, 8:].abs().amax(-1).min() > 1e-3
+
+
+def test_two_controls_add_up() -> None:
+    model, codes, a, b = toy_model(), toy_codes(1), toy_inject(1, seed=3), toy_inject(1, seed=4)
+    both = guided(model, codes, inject_KBLD=combine([a, b], [1.0, 0.5], [0.0, 0.0], [1.0, 1.0]))
+    torch.testing.assert_close(both, guided(model, codes, inject_KBLD=a + 0.5 * b))
+    assert not torch.allclose(both, guided(model, codes, inject_KBLD=a), atol=1e-2)
+
+
+def test_ragged_positions_and_fillers() -> None:
+    model, codes = toy_model(), toy_codes(2)
+    setting: dict[str, Any] = {"inject_KBLD": toy_inject(2), "guidance": Guidance(cfg=2.0, interval=(0, 5))}
+    expected = guided(model, codes, **setting)
+    target = Target(model, request(**setting))
+    with torch.no_grad():
+        target.start()
+        target.step_logits(codes[:, :12], torch.arange(12).expand(2, -1))
+        positions = torch.tensor([[12, 13, 14, 15, 16], [3, 4, 5, 6, 7]])      # row 0 runs over the end
+        logits = target.step_logits(codes.gather(1, positions.clamp(max=15)), positions)
+        again = target.step_logits(codes[:, 14:15], torch.full((2, 1), 14))
+    torch.testing.assert_close(logits[0, :3], expected[0, 13:], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits[1], expected[1, 4:9], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(again[0], expected[0, 15:], rtol=1e-4, atol=1e-4)
+
+
+def test_a_target_can_start_again() -> None:
+    target = Target(toy_model(), request())
+    with torch.no_grad():
+        first = target.start()
+        target.step(toy_codes(2, 1), torch.zeros(2, 1, dtype=torch.int64))
+        assert target.forward_passes == 2
+        assert torch.equal(target.start(), first) and target.forward_passes == 1
+
+
+def probs(values: list[float], **changes: Any) -> list[float]:
+    """Filtered probabilities of log(values), rounded."""
+    return [round(p, 4) for p in filter_probs(torch.tensor(values).log(), Sampling(**changes)).tolist()]
+
+
+@pytest.mark.parametrize("changes, expected", [
+    ({}, [0.5, 0.3, 0.15, 0.05]),
+    ({"temperature": 0.5}, [0.6849, 0.2466, 0.0616, 0.0068]),
+    ({"temperature": 0.0}, [1, 0, 0, 0]),
+    ({"temperature": 0.0, "top_p": 0.1}, [1, 0, 0, 0]),
+    ({"top_k": 2}, [0.625, 0.375, 0, 0]),
+    ({"top_k": 99}, [0.5, 0.3, 0.15, 0.05]),
+    ({"top_p": 0.4}, [1, 0, 0, 0]),
+    ({"top_p": 0.6}, [0.625, 0.375, 0, 0]),                     # the code that crosses p survives
+    ({"top_k": 3, "top_p": 0.9}, [0.5263, 0.3158, 0.1579, 0]),  # 0.84 before the third: the nucleus is that of top-k
+    ({"top_k": 3, "top_p": 0.8}, [0.625, 0.375, 0, 0]),
+])
+def test_filters_by_hand(changes: dict[str, Any], expected: list[float]) -> None:
+    assert probs([0.5, 0.3, 0.15, 0.05], **changes) == expected
+
+
+def test_ties_with_the_kth_survive() -> None:
+    assert probs([0.4, 0.2, 0.2, 0.2], top_k=2) == [0.4, 0.2, 0.2, 0.2]
+    assert probs([0.25] * 4, temperature=0.0) == [1, 0, 0, 0]
+
+
+def test_precision_of_probabilities() -> None:
+    assert filter_probs(torch.randn(3, 8).bfloat16(), Sampling(top_k=4, top_p=0.9)).dtype == torch.float32
+    assert filter_probs(torch.randn(3, 8).double(), Sampling(top_k=4, top_p=0.9)).dtype == torch.float64
+    model = toy_model()
+    for dtype, expected in ((torch.bfloat16, torch.float32), (torch.float64, torch.float64)):
+        with torch.no_grad():
+            law = Target(model.to(dtype), request()).start()
+        assert law.dtype == expected
+        torch.testing.assert_close(law.sum(-1), torch.ones(2, 1, dtype=expected))
+
+
+def test_mix_is_the_originals_formula() -> None:
+    cond, null = torch.randn(2, 3, 1, 50, generator=torch.Generator().manual_seed(0)).unbind(0)
+    scales = branch_scales(Guidance(cfg=2.5), controlled=False)
+    assert torch.equal(mix(torch.stack([cond, null]), scales), null + 2.5 * (cond - null))
+
+
+@pytest.mark.parametrize("wrong", [{"cfg": float("nan")}, {"cfg": -1.0}, {"control_cfg": float("inf")},
+                                   {"interval": (4, 4)}, {"interval": (-1, None)}])
+def test_guidance_errors(wrong: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="--(cfg|control-cfg|cfg-interval) "):
+        Guidance(**wrong)
+
+
+@pytest.mark.parametrize("wrong", [{"temperature": -0.1}, {"temperature": float("nan")}, {"top_k": -1}, {"top_p": 2.0},
+                                   {"top_p": 0.0}, {"top_p": float("nan")}])
+def test_sampling_errors(wrong: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="--(temperature|top-k|top-p) "):
+        Sampling(**wrong)

@@ -1,0 +1,163 @@
+"""The training loop: it learns, resumes exactly, exports what loads."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from arimg.checkpoints import load_component
+from arimg.control.adapter import ControlConfig
+from arimg.errors import ConfigError, UnknownNameError
+from arimg.models.ar import ARConfig
+from arimg.pipeline import Pipeline
+from arimg.tokenizers.vq import VQConfig
+from arimg.train.control import ControlObjective, ControlRun
+from arimg.train.launch import load_run, main
+from arimg.train.loop import Trainer, parameter_groups, train
+from arimg.train.run import EmojiData, LoopConfig, OptimConfig
+from arimg.train.tokenizer import TokenizerObjective, TokenizerRun
+from tests.train.toy_emoji import write_toy_emoji
+
+STEPS = 6
+
+
+@pytest.fixture(autouse=True)
+def arimg_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("ARIMG_HOME", str(tmp_path))
+    write_toy_emoji(tmp_path / "data" / "emoji-128")
+    return tmp_path
+
+
+def tokenizer_run(name):
+    return TokenizerRun(objective="tokenizer", name=name, data=EmojiData(batch_size=2), crop=8, revive_every=2,
+                        optim=OptimConfig(steps=STEPS, warmup_steps=1), train=LoopConfig(log_steps=1),
+                        model=VQConfig(codebook_size=16, codebook_dim=4, base_channels=32, multipliers=(1, 1),
+                                       res_blocks=1, z_channels=8))
+
+
+def control_run(name, tokenizer):
+    return ControlRun(objective="control", name=name, tokenizer=str(tokenizer), data=EmojiData(batch_size=2),
+                      optim=OptimConfig(steps=STEPS, warmup_steps=1), train=LoopConfig(log_steps=1),
+                      model=ARConfig(vocab_size=16, dim=16, layers=3, heads=2, ffn_hidden=32, block_size=64,
+                                     num_classes=2, rope_prefix="identity", rope_grid="true", inject_layers=(0, 1, 2),
+                                     codebook_dim=4, token_dropout=0.0, residual_dropout=0.0, ffn_dropout=0.0),
+                      control=ControlConfig(embed_dim=8, depth=1, heads=2, ffn_hidden=16, patch=2, stride=2, dim=16))
+
+
+def log_of(config):
+    lines = (config.folder() / "log.jsonl").read_text().splitlines()
+    return [(entry["step"], entry["loss"]) for entry in map(json.loads, lines)]
+
+
+def stop_early_then_resume(config, objective):
+    """Three steps as if killed after its checkpoint, then a new process to the end."""
+    first = Trainer(config, objective(config))
+    for _ in range(STEPS // 2):
+        first.log(first.train_step())
+    first.save()
+    first.train_step()                      # lost with the kill
+    return train(config, objective(config))
+
+
+@pytest.fixture
+def tokenizer_folder():
+    config = tokenizer_run("tokenizer")
+    return train(config, TokenizerObjective(config)) / "tokenizer"
+
+
+def assert_same_weights(left, right):
+    left, right = left.state_dict(), right.state_dict()
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[key], right[key]) for key in left)
+
+
+def test_resumed_tokenizer_run_equals_an_uninterrupted_one(tokenizer_folder):
+    config = tokenizer_run("resumed")
+    folder = stop_early_then_resume(config, TokenizerObjective)
+    assert_same_weights(load_component(folder / "tokenizer"), load_component(tokenizer_folder))
+    assert log_of(config) == log_of(tokenizer_run("tokenizer"))
+
+
+def test_resumed_control_run_equals_an_uninterrupted_one(tokenizer_folder):
+    straight, resumed = (control_run(name, tokenizer_folder) for name in ("straight", "resumed"))
+    left = train(straight, ControlObjective(straight))
+    right = stop_early_then_resume(resumed, ControlObjective)
+    for name in ("transformer", "control"):
+        assert_same_weights(load_component(left / name), load_component(right / name))
+    assert log_of(straight) == log_of(resumed)
+
+
+def test_the_control_export_is_a_pipeline(tokenizer_folder):
+    config = control_run("control", tokenizer_folder)
+    pipeline = Pipeline.from_pretrained(train(config, ControlObjective(config)))
+    out = pipeline(class_name="toy/odd", seeds=[1])
+    assert out.images[0].size == (16, 16)
+    assert (config.folder() / f"sample-{STEPS:06d}.png").is_file()
+
+
+def test_an_incomplete_checkpoint_is_not_resumed(arimg_home):
+    config = tokenizer_run("half")
+    (config.folder() / ".writing-3").mkdir(parents=True)
+    trainer = Trainer(config, TokenizerObjective(config))
+    trainer.resume("latest")
+    assert trainer.progress.step == 0
+
+
+def test_only_the_newest_checkpoints_are_kept():
+    config = tokenizer_run("kept")
+    trainer = Trainer(config, TokenizerObjective(config))
+    for _ in range(4):
+        trainer.train_step()
+        trainer.save()
+    assert [path.name for path in trainer.checkpoints()] == ["checkpoint-3", "checkpoint-4"]
+
+
+def test_max_minutes_stops_and_saves():
+    config = replace(tokenizer_run("short"), train=LoopConfig(max_minutes=1e-9))
+    train(config, TokenizerObjective(config))
+    assert (config.folder() / "checkpoint-1").is_dir()
+
+
+def test_parameter_groups_partition_the_parameters():
+    network = TokenizerObjective(tokenizer_run("groups")).network
+    decayed, plain = parameter_groups(network, 0.1)
+    assert len(decayed["params"]) + len(plain["params"]) == len(list(network.parameters()))
+    assert all(parameter.ndim >= 2 for parameter in decayed["params"]) and plain["weight_decay"] == 0
+
+
+def test_a_missing_checkpoint_to_resume_is_one_line():
+    config = tokenizer_run("missing")
+    trainer = Trainer(config, TokenizerObjective(config))
+    with pytest.raises(ConfigError, match="no such checkpoint"):
+        trainer.resume("elsewhere/checkpoint-9")
+
+
+def test_every_shipped_recipe_parses(pytestconfig):
+    recipes = sorted((pytestconfig.rootpath / "configs" / "train").rglob("*.yaml"))
+    assert len(recipes) == 2
+    for path in recipes:
+        assert load_run(path, ["tokenizer=somewhere"] if path.stem == "control" else []).optim.steps > 0
+
+
+@pytest.mark.parametrize("text, error, message", [
+    ("name: x\n", ConfigError, "has no objective"),
+    ("objective: tokeniser\nname: x\n", UnknownNameError, "did you mean tokenizer"),
+    ("objective: tokenizer\n", ConfigError, "name: is empty"),
+    ("objective: control\nname: x\n", ConfigError, "tokenizer: is empty"),
+    ("objective: tokenizer\nname: x\noptim: {step: 3}\n", ConfigError, "did you mean optim.steps"),
+])
+def test_recipe_faults_are_one_line(tmp_path, text, error, message):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(error, match=message) as caught:
+        load_run(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_launch_keeps_the_resolved_config(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("objective: tokenizer\nname: launched\ncrop: 8\ndata: {batch_size: 2}\noptim: {steps: 1}\n"
+                    "model: {codebook_size: 16, base_channels: 32, multipliers: [1, 1], res_blocks: 1, z_channels: 8}\n")
+    folder = main(path, ["optim.lr=1e-3"])
+    assert "lr: 0.001" in (folder.parent / "config.yaml").read_text()
