@@ -51,7 +51,7 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Te
 
 @dataclass(frozen=True)
 class CounterNoise:
-    """The random source of every decoder. `seeds_B` are int64, one per image; `positions_BW` are int64 token positions."""
+    """The random source of every decoder. `seeds_B` (int64): one per image; `positions_BW` (int64): token positions."""
 
     def words(self, seeds_B: Tensor, positions_BW: Tensor, count: int, purpose: Purpose, draw: int = 0) -> Tensor:
         """(B, W, count) int64 words in [0, 2**32)."""

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 
-@click.command("train", epilog="\b\nExample: arimg train configs/train/emoji-tokenizer.yaml optim.steps=200")
+@click.command("train", epilog="\b\nExample: arimg train configs/train/emoji/tokenizer.yaml optim.steps=200")
 @click.argument("config", metavar="CONFIG.yaml")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--resume", default="latest", show_default=True, metavar="latest|FOLDER",

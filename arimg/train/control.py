@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from arimg.accel.ar import PlainAR
 from arimg.accel.base import DecodeRequest, Guidance
 from arimg.accel.target import Target
-from arimg.checkpoints import PipelineSettings, load_component, save_pipeline
+from arimg.checkpoints import PipelineSettings, load_component, load_state, save_pipeline
 from arimg.control.adapter import ControlAdapter, ControlConfig
 from arimg.control.canny import Canny
 from arimg.errors import ConfigError
@@ -83,6 +83,10 @@ class ControlObjective:
         self.cache = CodeCache(config.data.path() / "codes", self.emoji.images, tokenizer, self.emoji.fingerprint)
         torch.manual_seed(config.seed)
         self.network = ControlTask(config, tokenizer.space().codebook_VC, self.cache.grid)
+        if config.init_from:
+            for name, module in (("transformer", self.network.transformer), ("control", self.network.control)):
+                start = Path(config.init_from) / name
+                load_state(module, load_component(start).state_dict(), str(start))
         self.train_indices = np.flatnonzero(~self.emoji.held_out)
         held_out = np.flatnonzero(self.emoji.held_out)
         self.held_out = np.random.default_rng(config.seed).permutation(held_out)
@@ -139,7 +143,8 @@ class ControlObjective:
         assert result.codes_BL is not None
         painted = self.cache.tokenizer.decode_codes(result.codes_BL.cpu(), self.cache.grid)
         print(f"validation loss {self.validation_loss(network):.3f} nats per token")
-        return make_grid([to_pil(x) for x in torch.cat([maps, to_images(self.emoji.images[indices]), painted])], len(indices))
+        pictures = torch.cat([maps, to_images(self.emoji.images[indices]), painted])
+        return make_grid([to_pil(picture) for picture in pictures], columns=len(indices))
 
     def export(self, network: ControlTask, folder: Path) -> None:
         """The whole pipeline: tokenizer, transformer, control."""

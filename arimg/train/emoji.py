@@ -74,7 +74,7 @@ class EmojiSet:
     held_out: np.ndarray             # (N,) bool
     names: list[str]                 # (N,) icon name in its package
     class_names: tuple[str, ...]     # CLASS_NAMES at the time of building
-    fingerprint: str                 # of the index: two sets of one fingerprint hold the same pictures in the same order
+    fingerprint: str                 # equal for two sets of the same pictures in the same order
 
 
 @dataclass(frozen=True)

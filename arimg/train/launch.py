@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from arimg.config import dump_config, from_dict, load_config, read_values
+from arimg.config import dump_config, from_dict, read_values
 from arimg.errors import ConfigError
 from arimg.registry import OBJECTIVES
 

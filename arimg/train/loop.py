@@ -1,4 +1,4 @@
-"""The one training loop. An objective supplies the network, the batch of a step and what to show; the loop does the rest.
+"""The one training loop. An objective supplies the network, the batch of a step and what to show; the rest is here.
 
 Batches are functions of (seed, step), so a resumed run sees exactly the data that an uninterrupted one would.
 """
@@ -11,6 +11,8 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -157,15 +159,21 @@ class Trainer:
     def export(self) -> Path:
         """Write the averaged weights (or the plain ones without an average) to the run's `export` folder."""
         folder = self.folder / "export"
-        with_average = self.ema is not None and self.progress.step > 0
-        if with_average:
-            self.ema.store(self.bare().parameters())
-            self.ema.copy_to(self.bare().parameters())
-        self.objective.export(self.bare(), folder)
-        self.objective.sample(self.bare()).save(self.folder / f"sample-{self.progress.step:06d}.png")
-        if with_average:
-            self.ema.restore(self.bare().parameters())
+        with self._averaged():
+            self.objective.export(self.bare(), folder)
+            self.objective.sample(self.bare()).save(self.folder / f"sample-{self.progress.step:06d}.png")
         return folder
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """The averaged weights in place of the trained ones, for as long as the block lasts."""
+        if self.ema is None or self.progress.step == 0:
+            yield
+            return
+        self.ema.store(self.bare().parameters())
+        self.ema.copy_to(self.bare().parameters())
+        yield
+        self.ema.restore(self.bare().parameters())
 
     def train_step(self) -> dict[str, float]:
         """One optimiser step; returns figures to log."""

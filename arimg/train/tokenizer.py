@@ -1,4 +1,5 @@
-"""Objective `tokenizer`: reconstruct images through the codebook (LlamaGen section 2.1, without the adversary)."""
+"""Objective `tokenizer`: reconstruct images through the codebook (LlamaGen section 2.1; no adversary yet, so its weight
+must be 0)."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from arimg.checkpoints import load_component, load_state, save_component
 from arimg.images import make_grid, to_pil
+from arimg.tokenizers.losses import ImageLossConfig, TokenizerLoss, effnet_loss
 from arimg.tokenizers.vq import CodebookUsage, VQConfig, VQTokenizer
 from arimg.train.data import batch_rng, random_crops, sample_indices, to_images
 from arimg.train.emoji import load_emoji
@@ -28,8 +30,7 @@ class TokenizerRun(RunConfig):
 
     model: VQConfig = field(default_factory=VQConfig)
     crop: int = 64              # pixels
-    l1_weight: float = 1.0
-    l2_weight: float = 1.0
+    loss: ImageLossConfig = ImageLossConfig(l1=1.0, l2=1.0, perceptual=0.0, adversarial=0.0)
     revive_every: int = 20      # steps between revivals of codes unused since the last one
     revive_until: int = 700     # step after which the codebook is left alone
 
@@ -39,17 +40,17 @@ class TokenizerTask(nn.Module):
 
     def __init__(self, config: TokenizerRun) -> None:
         super().__init__()
-        self.config = config
         self.tokenizer = VQTokenizer(config.model)
+        self.loss = TokenizerLoss(config.loss, effnet_loss() if config.loss.perceptual else None)
 
     def forward(self, images_B3HW: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Scalar loss and figures."""
         images_B3HW = images_B3HW.contiguous(memory_format=torch.channels_last)
         recon_B3HW, codes_BL, losses = self.tokenizer(images_B3HW)
-        l1, l2 = F.l1_loss(recon_B3HW, images_B3HW), F.mse_loss(recon_B3HW, images_B3HW)
-        loss = self.config.l1_weight * l1 + self.config.l2_weight * l2 + losses.vq + losses.commit + losses.entropy
+        loss = self.loss.tokenizer_loss(recon_B3HW, images_B3HW, losses, step=0)
         self.last_codes_BL = codes_BL.detach()
-        return loss, {"psnr": -10 * torch.log10(l2.detach() / 4), "vq": losses.vq.detach()}
+        squared_error = F.mse_loss(recon_B3HW.detach(), images_B3HW)
+        return loss, {"psnr": -10 * torch.log10(squared_error / 4), "vq": losses.vq.detach()}
 
 
 class TokenizerObjective:

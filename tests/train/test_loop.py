@@ -157,7 +157,20 @@ def test_recipe_faults_are_one_line(tmp_path, text, error, message):
 
 def test_launch_keeps_the_resolved_config(tmp_path):
     path = tmp_path / "run.yaml"
-    path.write_text("objective: tokenizer\nname: launched\ncrop: 8\ndata: {batch_size: 2}\noptim: {steps: 1}\n"
-                    "model: {codebook_size: 16, base_channels: 32, multipliers: [1, 1], res_blocks: 1, z_channels: 8}\n")
+    path.write_text("objective: tokenizer\nname: launched\ncrop: 8\ndata: {batch_size: 2}\noptim: {steps: 1}\nmodel: "
+                    "{codebook_size: 16, base_channels: 32, multipliers: [1, 1], res_blocks: 1, z_channels: 8}\n")
     folder = main(path, ["optim.lr=1e-3"])
     assert "lr: 0.001" in (folder.parent / "config.yaml").read_text()
+
+
+def test_a_run_starts_from_given_weights(tokenizer_folder):
+    config = replace(tokenizer_run("second"), init_from=str(tokenizer_folder))
+    assert_same_weights(TokenizerObjective(config).network.tokenizer, load_component(tokenizer_folder))
+
+
+def test_a_control_run_starts_from_given_weights(tokenizer_folder):
+    config = control_run("control", tokenizer_folder)
+    folder = train(config, ControlObjective(config))
+    network = ControlObjective(replace(config, name="second", init_from=str(folder))).network
+    assert_same_weights(network.transformer, load_component(folder / "transformer"))
+    assert_same_weights(network.control, load_component(folder / "control"))
