@@ -24,8 +24,8 @@ test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest
 
 lint: $(VENV)/.installed-dev
-	$(BIN)/python -m flake8 arimg tests
-	$(BIN)/python -m isort --check-only --diff arimg tests
+	$(BIN)/python -m flake8 arimg scripts tests
+	$(BIN)/python -m isort --check-only --diff arimg scripts tests
 	$(BIN)/python -m mypy arimg
 
 # pytest exits with 5 when no test carries the mark: said aloud, and not a failure.

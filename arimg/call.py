@@ -78,10 +78,15 @@ class CallOptions:
             raise UnknownNameError("output type", str(self.output_type), OUTPUT_TYPES)
         if self.resize not in RESIZE_MODES:
             raise UnknownNameError("resize mode", str(self.resize), RESIZE_MODES)
-        if not 1 <= self.n <= MAX_PICTURES:
-            raise InputError(f"n is {self.n}; ask for 1 to {MAX_PICTURES} pictures at once")
+        check_count(self.n)
         if self.steps is not None and self.steps < 1:
             raise InputError(f"steps is {self.steps}; a decoder needs at least 1 step")
+
+
+def check_count(n: int) -> None:
+    """Raises InputError unless 1 <= n <= MAX_PICTURES."""
+    if not 1 <= n <= MAX_PICTURES:
+        raise InputError(f"n is {n}; ask for 1 to {MAX_PICTURES} pictures at once")
 
 
 def call_options(given: Mapping[str, Any], settings: PipelineSettings) -> CallOptions:

@@ -24,12 +24,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from arimg.config import from_dict, to_dict
 from arimg.errors import CheckpointError, ConfigError, UnknownNameError
 from arimg.registry import CONTROL_MODULES, MODELS, TOKENIZERS
+from arimg.weights import check_keys, read_safetensors
 
 INDEX = "model_index.json"
 CONFIG = "config.json"
@@ -39,7 +40,6 @@ PIPELINE_CLASS = "ArimgPipeline"
 _WEIGHT_NAMES = (WEIGHTS, "model.safetensors")
 _LIBRARIES = ("arimg", "diffusers", "transformers")        # what an index may name: it is a stranger's file
 _HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.md"]
-_SHOWN = 3                                                  # keys named of each kind of fault
 
 
 @dataclass(frozen=True)
@@ -223,33 +223,13 @@ def load_state(module: nn.Module, state: Mapping[str, Tensor], where: str) -> No
 
     Raises CheckpointError that starts with `where` and names the missing, unexpected and misshapen keys.
     """
-    own = module.state_dict()
-    missing = [key for key in own if key not in state]
-    unexpected = [key for key in state if key not in own]
-    misshapen = [f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
-                 for key in own if key in state and state[key].shape != own[key].shape]
-    kinds = {"missing": missing, "unexpected": unexpected, "of another shape": misshapen}
-    faults = [f"{len(keys)} {kind}: {', '.join(keys[:_SHOWN])}{', ...' if len(keys) > _SHOWN else ''}"
-              for kind, keys in kinds.items() if keys]
-    if faults:
-        raise CheckpointError(f"{where}: keys do not fit {type(module).__name__}: {'; '.join(faults)}; "
-                              "the weights and the config belong to different models")
+    check_keys(module.state_dict(), state, f"{where}: keys do not fit {type(module).__name__}",
+               "the weights and the config belong to different models")
     module.load_state_dict(dict(state), assign=True)
     unset = [name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if tensor.is_meta]
     if unset:
         raise CheckpointError(f"{where}: {type(module).__name__} keeps tensors outside its state dict "
-                              f"({', '.join(unset[:_SHOWN])}); a network computes such tensors at run time")
-
-
-def read_safetensors(path: str | Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file, on the CPU. Raises CheckpointError when it is missing or damaged."""
-    try:
-        return load_file(path)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: no such file") from error
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: is damaged or not a safetensors file ({_one_line(error)}); "
-                              "fetch or write it again") from error
+                              f"({', '.join(unset)}); a network computes such tensors at run time")
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ Results go to stdout; progress, notices and errors to stderr. Exit codes: 0 succ
 from __future__ import annotations
 
 import logging
+import re
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -72,11 +73,24 @@ class Cli(click.Group):
         except click.ClickException as error:
             where = getattr(error, "ctx", None)
             fail(f"{error.format_message().rstrip('.')}; see: {where.command_path if where else 'arimg'} --help", 2)
-        except (ArimgError, OSError) as error:
+        except ArimgError as error:
             fail(str(error), 2)
-        except MemoryError:
-            fail("not enough memory; use a smaller -n, --size or model", 2)
+        except OSError as error:
+            where = f"{error.filename}: " if error.filename else ""
+            fail(f"{where}{error.strerror or error}; check the path, its permissions and the free space", 2)
+        except (MemoryError, RuntimeError) as error:
+            fail(_out_of_memory(error), 2)
         sys.exit(code if isinstance(code, int) else 0)
+
+
+def _out_of_memory(error: MemoryError | RuntimeError) -> str:
+    """What to say when memory has run out: torch, which is not imported here, raises its RuntimeErrors for that as
+    well. Raises any other error."""
+    text = str(error)
+    if not isinstance(error, MemoryError) and not re.search("out of memory|allocate memory|not enough memory", text):
+        raise error
+    tried = re.search(r"tried to allocate [\d.]+ \w+", text, re.IGNORECASE)
+    return f"out of memory{f' ({tried[0].lower()})' if tried else ''}; use a smaller -n, --size, batch or model"
 
 
 def fail(message: str, code: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -74,7 +75,7 @@ def class_id(value: str | int, class_names: Sequence[str], count: int) -> int:
     Raises UnknownNameError on an unknown name, InputError on an id out of range.
     """
     text = str(value).strip()
-    if text.lstrip("-").isdigit():
+    if re.fullmatch(r"-?\d{1,18}", text):
         if not 0 <= int(text) < count:
             raise InputError(f"class {text}: the ids of this model are 0 to {count - 1}")
         return int(text)
@@ -147,9 +148,7 @@ def control_maps(options: CallOptions, trained: Sequence[str], size: tuple[int, 
     sources = [(source, False) for source in as_list(options.control)]
     sources += [(source, True) for source in as_list(options.control_from)]
     if not sources:
-        if options.control_type is not None:
-            given = ", ".join(as_list(options.control_type))
-            raise InputError(f"control_type {given} is given without a control image; give one")
+        _check_no_details(options)
         return []
     names = [checked_type(name, trained) for name in as_list(options.control_type) or [None]]
     types = _paired("control_type", [get_type(name) for name in names], len(sources))
@@ -157,6 +156,15 @@ def control_maps(options: CallOptions, trained: Sequence[str], size: tuple[int, 
                             for name in ("control_scale", "control_start", "control_end"))
     return [ControlMap(kind, control_tensor(source, kind, size, options.resize, extract), scale, start, end)
             for (source, extract), kind, scale, start, end in zip(sources, types, scales, starts, ends)]
+
+
+def _check_no_details(options: CallOptions) -> None:
+    """Raises InputError when details of a control are given, but no control."""
+    for name in ("control_type", "control_scale", "control_start", "control_end"):
+        value = getattr(options, name)
+        if value != getattr(CallOptions, name):
+            given = ", ".join(map(str, as_list(value)))
+            raise InputError(f"{name} {given} is given without a control image; give one")
 
 
 def checked_type(name: str | None, trained: Sequence[str]) -> str:

@@ -20,7 +20,7 @@ def find_device(name: str | torch.device) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.empty(0, device=device).cpu()             # "meta" holds no numbers to copy
     except (RuntimeError, AssertionError, ValueError) as error:
         raise InputError(f"device {str(name)!r} cannot be used here ({str(error).splitlines()[0][:120]}); "
                          "use auto, cpu or cuda") from error

@@ -13,7 +13,7 @@ from typing import Self
 from torch import Tensor, nn
 
 from arimg.errors import MissingExtraError
-from arimg.weights import load_state, load_strict
+from arimg.weights import load_strict, read_weights
 
 
 class FixedNetwork(nn.Module):
@@ -57,7 +57,7 @@ class VGG16(FixedNetwork):
 
         Raises CheckpointError.
         """
-        state = {key: value for key, value in load_state(path).items() if not key.startswith("classifier.")}
+        state = {key: value for key, value in read_weights(path).items() if not key.startswith("classifier.")}
         return load_strict(cls(), state, path)
 
     def forward(self, images_B3HW: Tensor) -> list[Tensor]:
@@ -101,7 +101,7 @@ class EffnetLite0(FixedNetwork):
 
         path = effnet_lite0_file()
         network = timm.create_model("tf_efficientnet_lite0")
-        load_strict(network, {_timm_key(key): value for key, value in load_state(path).items()}, path)
+        load_strict(network, {_timm_key(key): value for key, value in read_weights(path).items()}, path)
         self.stem = nn.Sequential(network.get_submodule("conv_stem"), network.get_submodule("bn1"))
         self.stages = nn.ModuleList(network.get_submodule("blocks").children())[:_EFFNET_POOLED + 1]
         self.eval()

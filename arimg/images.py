@@ -72,7 +72,7 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
                          "other program saved again")
     try:
         metadata = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         metadata = None
     if not isinstance(metadata, dict):
         raise InputError(f"the arimg metadata of picture {str(path)!r} is damaged; use the file as arimg wrote it")
@@ -269,7 +269,7 @@ def check_output(path: str | os.PathLike[str], format: str | None = None) -> str
     if format is None and target.suffix.lower() not in _SUFFIXES:
         raise InputError(f"output {str(path)!r} has the suffix {target.suffix!r}, which names no known picture format; "
                          f"use one of {', '.join(_SUFFIXES)}")
-    _check_target(target)
+    check_target(target)
     return format or _SUFFIXES[target.suffix.lower()]
 
 
@@ -308,7 +308,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     Raises InputError for what the operating system refuses: no such folder, no permission, disk full.
     """
     target = Path(path)
-    _check_target(target)
+    check_target(target)
     draft = target.with_name(f".arimg-{secrets.token_hex(6)}.tmp")
     try:
         try:
@@ -322,7 +322,10 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
                          "choose another place") from None
 
 
-def _check_target(target: Path) -> None:
+def check_target(path: str | os.PathLike[str]) -> None:
+    """Raises InputError when no file can be written at `path`: a folder, no regular file, or in a folder that is
+    missing or may not be written to."""
+    target = Path(path)
     try:
         if target.is_dir():
             raise InputError(f"output {str(target)!r} is a folder; add a file name")
@@ -332,5 +335,7 @@ def _check_target(target: Path) -> None:
             raise InputError(f"output folder {str(target.parent)!r} is not a folder; choose another place")
         if not target.parent.is_dir():
             raise InputError(f"output folder {str(target.parent)!r} does not exist; type: mkdir -p {target.parent}")
+        if not os.access(target.parent, os.W_OK):
+            raise InputError(f"output folder {str(target.parent)!r} may not be written to; choose another place")
     except OSError as error:
         raise InputError(f"output {str(target)!r} cannot be written: {error.strerror}; choose another place") from None

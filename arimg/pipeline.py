@@ -213,6 +213,11 @@ class Pipeline:
 
 
 def _check_fit(tokenizer: Any, transformer: Any, control: Any) -> None:
+    for name, part, method in (("tokenizer", tokenizer, "decode_codes"), ("transformer", transformer, "new_cache"),
+                               ("control", control, "inject")):
+        if part is not None and not hasattr(part, method):
+            raise CheckpointError(f"the {name} of the pipeline is of class {type(part).__name__}, which is none; "
+                                  f"put another network into the folder {name}")
     faults = []
     if tokenizer.vocab_size != transformer.vocab_size:
         faults.append(f"the tokenizer has {tokenizer.vocab_size} codes, the transformer {transformer.vocab_size}")

@@ -134,8 +134,8 @@ def test_missing_extra_and_misshapen_keys_are_named(folder: Path) -> None:
     assert "1 unexpected: quant_conv.sias" in text
     assert "1 of another shape: quant_conv.bias (7,) instead of (8,)" in text
     save_file({}, path)
-    assert "encoder.conv_in.bias, encoder.conv_blocks.0.res.0.norm1.weight, ...; the weights" in message(
-        load_component, folder / "tokenizer")
+    text = message(load_component, folder / "tokenizer")
+    assert text.count("encoder.") == 20 and ", ...; the weights and the config belong to different models" in text
 
 
 def test_damaged_weights(folder: Path) -> None:

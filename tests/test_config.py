@@ -106,6 +106,17 @@ def test_unreadable_files(tmp_path: Path) -> None:
             load_config(Run, tmp_path / name)
 
 
+@pytest.mark.parametrize(("text", "value"), [("true", True), ("false", False), ("True", True), ("off", False),
+                                             ("'False'", None), ("0", None), ("no", False), ("''", None)])
+def test_defect_22_text_is_not_taken_for_true(text: str, value: bool | None) -> None:
+    """argparse's `type=bool` in the originals took every text but the empty one for true."""
+    if value is None:
+        with pytest.raises(ConfigError, match="compile = .*: needs true or false"):
+            load_config(Run, None, ["data=x", f"compile={text}"])
+    else:
+        assert load_config(Run, None, ["data=x", f"compile={text}"]).compile is value
+
+
 def test_importing_config_imports_no_torch() -> None:
     code = "import arimg.config, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -94,5 +94,5 @@ def test_vgg_has_the_keys_of_torchvision() -> None:
 def test_vgg_weights_of_another_network(tmp_path: Path) -> None:
     path = tmp_path / "other.pth"
     torch.save({"features.0.weight": torch.zeros(64, 3, 3, 3), "features.0.bias": torch.zeros(7)}, path)
-    with pytest.raises(CheckpointError, match=r"do not fit VGG16: missing features\.2\.weight.*misshapen features\.0"):
+    with pytest.raises(CheckpointError, match=r"VGG16: 24 missing: features\.2\.weight.*shape: features\.0\.bias"):
         VGG16.from_file(path)

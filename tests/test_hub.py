@@ -18,6 +18,7 @@ from arimg.control import adapter
 from arimg.errors import CheckpointError
 from arimg.models import ar
 from arimg.tokenizers import vq
+from tests.toy import toy_text_encoder
 
 TOKENIZER: dict[str, Any] = dict(codebook_size=24, base_channels=32, multipliers=(1, 1), res_blocks=1, z_channels=8)
 TRANSFORMER: dict[str, Any] = dict(vocab_size=24, dim=32, layers=2, heads=2, ffn_hidden=64, block_size=16,
@@ -160,16 +161,11 @@ def test_pil_tuple_and_callback(pipeline: hub.ArimgPipeline) -> None:
 
 
 def test_text_pipelines_read_each_others_folders(tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    words = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 1, "<unk>": 2, "a": 3, "cat": 4}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>",
-                                                     unk_token="<unk>")
-    t5 = transformers.T5EncoderModel(transformers.T5Config(vocab_size=8, d_model=8, d_kv=4, d_ff=16, num_layers=1,
-                                                           num_heads=2)).eval()
-    pipeline = hub.ArimgPipeline(shell("tokenizer"), shell("caption transformer"), text_encoder=t5,
-                                 text_tokenizer=tokenizer, settings=to_dict(PipelineSettings(size=(8, 8), cfg=2.0)))
+    pytest.importorskip("transformers")
+    text = toy_text_encoder(width=8)
+    pipeline = hub.ArimgPipeline(
+        shell("tokenizer"), shell("caption transformer"), text_encoder=text.model, text_tokenizer=text.tokenizer,
+        settings=to_dict(PipelineSettings(size=(8, 8), cfg=2.0)))
     pipeline.save_pretrained(tmp_path / "by diffusers")
     plain = Pipeline.from_pretrained(tmp_path / "by diffusers", device="cpu", dtype="float32")
     plain.save_pretrained(tmp_path / "by arimg")

@@ -14,6 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from arimg import registry
+from arimg.registry import Registry
+
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted((ROOT / "arimg").rglob("*.py"))
 
@@ -230,6 +233,26 @@ def test_the_check_sees(source: str) -> None:
 ])
 def test_the_check_lets_pass(source: str) -> None:
     assert not list(forbidden(ast.parse(source)))
+
+
+def test_defect_06_every_option_of_a_config_is_read() -> None:
+    """The originals' trainers took weight decay, gradient accumulation and loss weights, and used none of them."""
+    nodes = [node for _, tree in trees() for node in ast.walk(tree)]
+    read = {node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)}
+    configs = [node for node in nodes if isinstance(node, ast.ClassDef) and node.name.endswith("Config")]
+    assert {"VQConfig", "ARConfig", "EncoderConfig", "ImageLossConfig"} <= {node.name for node in configs}
+    unread = [f"{node.name}.{field.target.id}" for node in configs for field in node.body
+              if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
+              and field.target.id not in read]
+    assert not unread, ", ".join(unread)
+
+
+@pytest.mark.parametrize("table", [value for value in vars(registry).values() if isinstance(value, Registry)],
+                         ids=lambda table: table.kind)
+def test_defect_20_every_registered_name_leads_somewhere(table: Registry) -> None:
+    """ControlAR's demo imported modules that are not in its repository."""
+    for name in table.entries:
+        assert callable(table.load(name))
 
 
 def run(code: str, *arguments: str) -> str:

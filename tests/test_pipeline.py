@@ -188,7 +188,7 @@ def test_start_and_end_bound_where_the_control_is_added(pipe: Pipeline, start: f
 
 def test_each_control_has_its_own_window(pipe: Pipeline) -> None:
     two = first_logits(pipe, control=[MAP, OTHER], control_end=[1.0, 0.5], control_start=[0.0, 0.25])
-    assert touched(two, first_logits(pipe, control=MAP))[0] == 4
+    assert touched(two, first_logits(pipe, control=MAP)) == list(range(4, LENGTH))
 
 
 def test_control_guidance_is_a_third_branch(pipe: Pipeline) -> None:
@@ -207,9 +207,26 @@ def test_guidance_interval(pipe: Pipeline) -> None:
 
 @pytest.mark.parametrize("rope_grid", ["true", "table"])
 def test_96x160(rope_grid: str) -> None:
-    pipe = toy_pipeline(rope_grid=rope_grid, levels=5)
-    out = pipe(line((0, 0, 159, 95), (96, 160)), size=(96, 160), class_name="cat")
+    pipe = toy_pipeline(torch.float64, rope_grid=rope_grid, levels=5)
+    options = {"control": line((0, 0, 159, 95), (96, 160)), "size": (96, 160), "class_name": "cat"}
+    out = pipe(**options)
     assert out.images[0].size == (160, 96) and out.codes.shape == (1, 6 * 10)
+    laws = first_logits(pipe, **options)
+    assert touched(laws, first_logits(pipe, **options, control_start=0.5)) == list(range(60))
+    assert touched(laws, first_logits(pipe, **options, control_end=0.5)) == list(range(30, 60))
+
+
+def test_defect_21_a_call_inside_a_call(pipe: Pipeline) -> None:
+    """ControlAR kept the control and its strength on the module, so that a second call changed a running first one."""
+    inner: list[list[int]] = []
+
+    def other_call(info: StepInfo) -> None:
+        if info.forward_pass == 8:
+            inner.extend(codes(pipe, control=OTHER, class_name="dog", control_scale=0.5, cfg=4.0))
+
+    outer = codes(pipe, control=MAP, class_name="cat", on_step=other_call)
+    assert outer == codes(pipe, control=MAP, class_name="cat")
+    assert inner == codes(pipe, control=OTHER, class_name="dog", control_scale=0.5, cfg=4.0) != outer
 
 
 def test_rotary_options_differ_on_wide_pictures() -> None:

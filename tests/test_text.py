@@ -15,36 +15,15 @@ from PIL import Image
 from arimg import Pipeline
 from arimg.cli import main
 from arimg.errors import CheckpointError, InputError, MissingExtraError
-from arimg.models.text import TextEncoder, clean_caption, left_padded
-from tests.toy import AR, SIDE, toy_pipeline
+from arimg.models.text import clean_caption, left_padded
+from tests.toy import AR, SIDE, toy_pipeline, toy_text_encoder
 
 needs_transformers = pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="extra `text`")
-
-WORDS = ["<pad>", "</s>", "<unk>", "a", "cat", "dog", "red", "on", "grass"]
-
-
-def toy_text_encoder() -> TextEncoder:
-    """A T5 encoder with random weights and a tokenizer of nine words."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
-
-    words = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    words.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
-    config = T5Config(vocab_size=len(WORDS), d_model=AR.caption_dim, d_kv=6, d_ff=16, num_layers=1, num_heads=2,
-                      feed_forward_proj="gated-gelu")
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = T5EncoderModel(config)
-        for parameter in model.parameters():
-            torch.nn.init.normal_(parameter)
-    return TextEncoder(model.eval(), tokenizer)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    pipe = toy_pipeline(conditioning="text", text=toy_text_encoder())
+    pipe = toy_pipeline(conditioning="text", text=toy_text_encoder(AR.caption_dim))
     return pipe.save_pretrained(tmp_path_factory.mktemp("text") / "toy")
 
 

@@ -11,6 +11,7 @@ import torch
 from arimg.checkpoints import PipelineSettings
 from arimg.control.adapter import ControlAdapter, ControlConfig
 from arimg.models.ar import ARConfig, ARTransformer
+from arimg.models.text import TextEncoder
 from arimg.pipeline import Pipeline
 from arimg.tokenizers.vq import VQConfig, VQTokenizer
 
@@ -23,6 +24,7 @@ AR = ARConfig(vocab_size=64, dim=48, layers=3, heads=4, ffn_hidden=64, block_siz
               caption_dim=12, caption_length=6, rope_prefix="identity", rope_grid="true", inject_layers=(0, 1, 2))
 CONTROL = ControlConfig(kind="small", embed_dim=16, depth=1, heads=2, ffn_hidden=32, patch=STRIDE, stride=STRIDE,
                         types=("canny",), dim=48, points=3)
+WORDS = ("<pad>", "</s>", "<unk>", "a", "cat", "dog", "red", "on", "grass")
 SETTINGS = PipelineSettings(title="toy", class_names=CLASSES, control_types=("canny",), size=(SIDE, SIDE), cfg=2.0)
 
 
@@ -51,6 +53,25 @@ def toy_pipeline(dtype: torch.dtype = torch.float32, control: ControlConfig | No
         settings = replace(settings, control_types=())
     pipe = Pipeline(tokenizer.eval(), transformer.eval(), None if adapter is None else adapter.eval(), text, settings)
     return pipe.to(dtype)
+
+
+def toy_text_encoder(width: int) -> TextEncoder:
+    """A T5 encoder with random weights and a tokenizer of nine words; needs transformers."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+
+    words = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    config = T5Config(vocab_size=len(WORDS), d_model=width, d_kv=6, d_ff=16, num_layers=1, num_heads=2,
+                      feed_forward_proj="gated-gelu")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = T5EncoderModel(config)
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter)
+    return TextEncoder(model.eval(), tokenizer)
 
 
 def toy_folder(folder: Path, **options: Any) -> Path:

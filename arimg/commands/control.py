@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import click
 
-from arimg.commands.recipe import check_writable
 from arimg.errors import InputError
 
 
@@ -26,9 +25,8 @@ def command(kind: str | None, photo: str | None, output: str, assignments: tuple
     from arimg.control.base import build
 
     images.check_output(output)
-    check_writable(output)
-    picture = images.load_image(photo, "photo")
-    images.save_image(build(kind, **_options(assignments))(picture), output)
+    extractor = build(kind, **_options(assignments))
+    images.save_image(extractor(images.load_image(photo, "photo")), output)
     click.echo(output)
 
 

@@ -6,9 +6,7 @@ import base64
 import hashlib
 import io
 import json
-import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -21,6 +19,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _CONTROLS = "arimg.recipe.controls"         # key in ctx.meta: (source, picture) of each control
+# Never taken from a recipe, which may be a stranger's: what is read and written here, and where it runs.
+_CALLERS = ("control", "control_from", "output", "format_name", "json_path", "device")
 
 
 def record(options: dict[str, Any], sources: Sequence[str | None], maps: Sequence[Tensor]) -> dict[str, Any]:
@@ -28,7 +28,7 @@ def record(options: dict[str, Any], sources: Sequence[str | None], maps: Sequenc
     from arimg.images import to_pil
 
     typed = {name: _as_typed(name, value) for name, value in sorted(options.items())
-             if name not in ("control", "control_from") and value not in (None, ())}
+             if name not in _CALLERS and value not in (None, ())}
     pngs = [_png(to_pil(one_R3HW[0])) for one_R3HW in maps]
     controls = [{"source": source, "sha256": hashlib.sha256(png).hexdigest(), "png": base64.b64encode(png).decode()}
                 for source, png in zip(sources, pngs, strict=True)]
@@ -67,8 +67,19 @@ def as_defaults(ctx: click.Context, param: click.Parameter, path: str | None) ->
     options, entries = recorded.get("options"), recorded.get("controls")
     if not isinstance(options, dict) or not isinstance(entries, list):
         raise InputError(f"--from {path}: its arimg metadata holds no recipe; give a picture written by arimg sample")
-    ctx.default_map = options
+    ctx.default_map = {param.name: _read_option(path, param, options[param.name]) for param in ctx.command.params
+                       if param.name in options and param.name not in _CALLERS}
     ctx.meta[_CONTROLS] = [_read_control(path, entry) for entry in entries]
+
+
+def _read_option(path: str, param: click.Parameter, value: Any) -> str | list[str]:
+    """The value as it would be typed; a list of them for an option that may be repeated. Raises InputError."""
+    values = value if isinstance(value, list) else [value]
+    if isinstance(value, list) != getattr(param, "multiple", False) or not all(
+            isinstance(one, (str, int, float)) for one in values):
+        raise InputError(f"--from {path}: {param.name} = {value!r} in its recipe is damaged; use the file as arimg "
+                         "wrote it")
+    return [str(one) for one in values] if isinstance(value, list) else str(value)
 
 
 def _read_control(path: str, entry: Any) -> tuple[str | None, Image.Image]:
@@ -90,18 +101,6 @@ def controls(ctx: click.Context, given: Sequence[str], photos: Sequence[str]) ->
     if recorded and not given and not photos:
         return [source for source, _ in recorded], [picture for _, picture in recorded]
     return [*given, *photos], list(given)
-
-
-def check_writable(path: str) -> None:
-    """Raises InputError when `path` is a folder, or lies in one that is missing or may not be written to: known before
-    the work starts."""
-    folder = Path(path).parent
-    if Path(path).is_dir():
-        raise InputError(f"output {path!r} is a folder; add a file name")
-    if not folder.is_dir():
-        raise InputError(f"output folder {str(folder)!r} does not exist; type: mkdir -p {folder}")
-    if not os.access(folder, os.W_OK):
-        raise InputError(f"output folder {str(folder)!r} may not be written to; choose another place")
 
 
 def write_json(path: str, content: dict[str, Any]) -> None:

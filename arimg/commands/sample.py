@@ -64,13 +64,14 @@ def command(ctx: click.Context, output: str, format_name: str | None, json_path:
     repeats it.
     """
     from arimg import images
+    from arimg.call import check_count
 
+    check_count(options["n"])
     names = _file_names(output, options["n"])
     for name in names:
         images.check_output(name, format_name)
-        recipe.check_writable(name)
     if json_path is not None:
-        recipe.check_writable(json_path)
+        _check_json(json_path, names)
     from arimg.pipeline import Pipeline
 
     pipe = Pipeline.from_pretrained(model, device, dtype)
@@ -92,19 +93,22 @@ def _file_names(output: str, n: int) -> list[str]:
     return [output] + [str(path.with_name(f"{path.stem}-{k}{path.suffix}")) for k in range(n if n > 1 else 0)]
 
 
-def _paint(pipe: Pipeline, options: dict[str, Any]) -> PipelineOutput:
-    import torch
-
+def _check_json(path: str, names: list[str]) -> None:
+    """Raises InputError when the statistics cannot be written, or would replace a picture."""
+    from arimg import images
     from arimg.errors import InputError
 
+    images.check_target(path)
+    if Path(path) in map(Path, names):
+        raise InputError(f"--json {path}: a picture goes there; name another file, for example "
+                         f"{Path(path).with_suffix('.json')}")
+
+
+def _paint(pipe: Pipeline, options: dict[str, Any]) -> PipelineOutput:
     given = {name: list(value) if isinstance(value, tuple) and name.startswith("control") else value
              for name, value in options.items() if value is not None and value != ()}
     with Progress() as progress:
-        try:
-            out: PipelineOutput = pipe(on_step=progress, **given)
-        except torch.OutOfMemoryError as error:
-            raise InputError(f"{options['n']} pictures at once do not fit into the memory of {pipe.device}; "
-                             "use a smaller -n or --dtype bfloat16") from error
+        out: PipelineOutput = pipe(on_step=progress, **given)
     return out
 
 
@@ -137,6 +141,8 @@ class Progress:
     def _update(self, info: StepInfo) -> None:
         from tqdm import tqdm
 
+        if sys.stderr is None:                              # closed by the shell: 2>&-
+            return
         if self._bar is None:
             self._bar = tqdm(total=info.total_tokens, unit="token", file=sys.stderr)
         self._bar.set_postfix(passes=info.forward_pass, refresh=False)

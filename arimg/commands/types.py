@@ -32,7 +32,7 @@ class Interval(click.ParamType):
         """(first, stop); tuples pass."""
         if isinstance(value, tuple):
             return value
-        match = re.fullmatch(r"(\d*):(\d*)", str(value))
+        match = re.fullmatch(r"(\d{0,9}):(\d{0,9})", str(value))
         if match is None:
             self.fail(f"{value!r} is no interval; write token positions as first:stop, for example 0:128", param, ctx)
         return int(match[1] or 0), int(match[2]) if match[2] else None

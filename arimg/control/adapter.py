@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from arimg.control.encoder import ControlEncoder, EncoderConfig
 from arimg.control.fusion import ControlFusion
-from arimg.errors import CheckpointError, InputError
+from arimg.errors import InputError
+from arimg.weights import check_keys
 
 
 @dataclass(frozen=True)
@@ -35,13 +36,9 @@ class ControlAdapter(nn.Module):
         Raises CheckpointError that names every missing, unexpected and misshapen key.
         """
         own = self.encoder.state_dict()
-        faults = [f"missing {key}" for key in own if key not in state and not key.startswith("type_embed.")]
-        faults += [f"unexpected {key}" for key in state if key not in own]
-        faults += [f"{key} is {tuple(state[key].shape)}, the config says {tuple(own[key].shape)}"
-                   for key in own if key in state and own[key].shape != state[key].shape]
-        if faults:
-            raise CheckpointError(f"encoder weights do not fit the control config ({len(faults)} keys): "
-                                  f"{'; '.join(faults)}; use the config of the model the file belongs to")
+        wanted = {key: tensor for key, tensor in own.items() if key in state or not key.startswith("type_embed.")}
+        check_keys(wanted, state, "encoder weights do not fit the control config",
+                   "use the config of the model the file belongs to")
         self.encoder.load_state_dict({**own, **state})
 
     def type_id(self, name: str) -> int:

@@ -35,6 +35,7 @@ class EncoderConfig:
     patch: int = 8                          # pixels per encoder patch
     stride: int = 8                         # pixels per image token; the map is resized when it differs from `patch`
     image_size: int | None = None           # side the learned position table was made for; None for "small"
+    norm_eps: float | None = None           # None = that of the published encoders of this kind
     types: tuple[str, ...] = ("canny",)     # control types it was trained on
 
     def __post_init__(self) -> None:
@@ -71,7 +72,7 @@ class ControlEncoder(nn.Module):
             mlp_ratio=(config.ffn_hidden + 0.5) / config.embed_dim,     # timm truncates: this lands on ffn_hidden
             init_values=1.0 if config.kind == "dinov2" else None, class_token=table,
             pos_embed="learn" if table else "none", dynamic_img_size=True, num_classes=0, global_pool="",
-            norm_layer=partial(nn.LayerNorm, eps=NORM_EPS[config.kind]), act_layer=nn.GELU)
+            norm_layer=partial(nn.LayerNorm, eps=config.norm_eps or NORM_EPS[config.kind]), act_layer=nn.GELU)
         self.type_embed = nn.Embedding(len(config.types), config.embed_dim) if config.reads_type else None
 
     def forward(self, maps_B3HW: Tensor, resample: str = "nearest", type_ids_B: Tensor | None = None) -> Tensor:

@@ -78,11 +78,12 @@ def combine(injects: Sequence[Tensor], scales: Sequence[float], starts: Sequence
             raise InputError(f"{len(values)} values of --{name} for {len(injects)} controls; give one for each")
     assert injects and all(inject.shape == injects[0].shape for inject in injects), [i.shape for i in injects]
     weighted = [inject * _strengths(inject, *window) for inject, *window in zip(injects, scales, starts, ends)]
-    return torch.stack(weighted).sum(0) if len(weighted) > 1 else weighted[0]
+    total = torch.stack(weighted).sum(0) if len(weighted) > 1 else weighted[0]
+    return total.to(injects[0].dtype)
 
 
 def _strengths(inject_KBLD: Tensor, scale: float, start: float, end: float) -> Tensor:
-    """s(j) as (L, 1)."""
+    """s(j) as (L, 1), in float32 at least: 0.6 is no bfloat16 number."""
     if not math.isfinite(scale):
         raise InputError(f"--control-scale {scale}: needs a finite number; 1 is the trained strength, "
                          "0 switches the control off")
@@ -91,4 +92,5 @@ def _strengths(inject_KBLD: Tensor, scale: float, start: float, end: float) -> T
                          "0 and 1 cover the whole picture")
     length = inject_KBLD.shape[2]
     values = [scale if start <= j / length < end else 0.0 for j in range(length)]
-    return torch.tensor(values, dtype=inject_KBLD.dtype, device=inject_KBLD.device)[:, None]
+    dtype = torch.promote_types(inject_KBLD.dtype, torch.float32)
+    return torch.tensor(values, dtype=dtype, device=inject_KBLD.device)[:, None]

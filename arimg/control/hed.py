@@ -30,9 +30,9 @@ class SoftEdge:
             raise CheckpointError(f"soft edges need weights, and {str(path)!r} does not exist; type: {GET_WEIGHTS}, "
                                   "or give weights=ControlNetHED.pth")
         from arimg.control.hed_network import HED, with_fuse
-        from arimg.weights import load_state, load_strict
+        from arimg.weights import load_strict, read_weights
 
-        self.network = load_strict(HED(), with_fuse(load_state(path)), path)
+        self.network = load_strict(HED(), with_fuse(read_weights(path)), path)
 
     def __call__(self, image: Image.Image) -> Image.Image:
         import torch

@@ -75,6 +75,6 @@ class Lineart:
 
 def _load_generator(path: Path) -> Any:
     from arimg.control.lineart_network import LineGenerator
-    from arimg.weights import load_state, load_strict
+    from arimg.weights import load_strict, read_weights
 
-    return load_strict(LineGenerator(), load_state(path), path)
+    return load_strict(LineGenerator(), read_weights(path), path)

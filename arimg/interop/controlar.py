@@ -122,8 +122,9 @@ def control_config_from_controlar(state: State, encoder_config: Mapping[str, Any
                                   types: tuple[str, ...] = ("canny",), stride: int = 16) -> ControlConfig:
     """Sizes of the control path read off the shapes of a ControlAR state dict.
 
-    Only the number of attention heads is not in the shapes: it is `encoder_config["num_attention_heads"]` (from the
-    encoder's config.json) or, without one, width / 64. Raises CheckpointError on files whose shapes do not say enough.
+    Not in the shapes: the number of attention heads and the epsilon of the layer norms. They are taken from
+    `encoder_config` (`num_attention_heads`, `layer_norm_eps` of the encoder's config.json) or, without one, are width /
+    64 and that of the published encoders. Raises CheckpointError on files whose shapes do not say enough.
     """
     encoder = {key: tensor for key, tensor in state.items() if key.startswith(ENCODER)}
     mapped = encoder_state({key.removeprefix(ENCODER): tensor for key, tensor in encoder.items()}).state
@@ -143,7 +144,8 @@ def encoder_sizes(state: State, encoder_config: Mapping[str, Any] | None = None)
     blocks = {key.split(".")[2] for key in state if key.startswith("vit.blocks.")}
     return {"kind": "dinov2" if "vit.blocks.0.ls1.gamma" in state else "vit", "embed_dim": width,
             "depth": len(blocks), "heads": _heads(width, encoder_config),
-            "ffn_hidden": _shape(state, "vit.blocks.0.mlp.fc1.weight")[0], "patch": patch, "image_size": side * patch}
+            "ffn_hidden": _shape(state, "vit.blocks.0.mlp.fc1.weight")[0], "patch": patch, "image_size": side * patch,
+            "norm_eps": (encoder_config or {}).get("layer_norm_eps")}
 
 
 def _heads(width: int, encoder_config: Mapping[str, Any] | None) -> int:

@@ -17,8 +17,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from arimg.checkpoints import read_safetensors
 from arimg.errors import CheckpointError
+from arimg.weights import read_safetensors
 
 Weights = Literal["model", "ema"]
 

@@ -32,16 +32,19 @@ def infer_vq_config(state: Mapping[str, Tensor]) -> VQConfig:
     absent = [key for key in _SHAPES if key not in state or state[key].ndim < 2]
     levels = _count(state, r"encoder\.conv_blocks\.(\d+)\.")
     res_blocks = _count(state, r"encoder\.conv_blocks\.0\.res\.(\d+)\.")
-    widths = [f"encoder.conv_blocks.{level}.res.0.conv1.weight" for level in range(levels)]
-    absent += [key for key in widths if key not in state]
+    encoder, decoder = ([f"{part}.conv_blocks.{level}.res.0.conv1.weight" for level in range(levels)]
+                        for part in ("encoder", "decoder"))
+    absent += [key for key in (*encoder, *decoder) if key not in state]
     if absent or not levels:
         raise CheckpointError(f"tokenizer weights: {', '.join(absent or ['encoder.conv_blocks'])} missing or without "
                               "shape, so the sizes cannot be read; give a complete LlamaGen VQ file")
     base = state["encoder.conv_in.weight"].shape[0]
     codebook_size, codebook_dim = state["quantize.embedding.weight"].shape
+    multipliers = tuple(state[key].shape[0] // base for key in encoder)
+    mirrored = tuple(state[key].shape[0] // base for key in reversed(decoder))
     return VQConfig(
-        codebook_size=codebook_size, codebook_dim=codebook_dim, base_channels=base,
-        multipliers=tuple(state[key].shape[0] // base for key in widths), res_blocks=res_blocks,
+        codebook_size=codebook_size, codebook_dim=codebook_dim, base_channels=base, multipliers=multipliers,
+        decoder_multipliers=None if mirrored == multipliers else mirrored, res_blocks=res_blocks,
         z_channels=state["encoder.conv_out.weight"].shape[0], in_channels=state["encoder.conv_in.weight"].shape[1])
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from arimg.errors import CheckpointError, ConfigError, UnknownNameError
 from arimg.features import VGG16, EffnetLite0, FixedNetwork
 from arimg.tokenizers.vq import VQLosses
-from arimg.weights import load_state
+from arimg.weights import read_weights
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Perceptual distance
@@ -53,7 +53,7 @@ def lpips_vgg16(vgg_file: Path, heads_file: Path) -> PerceptualLoss:
     vgg_file: VGG-16 in torchvision's layout (vgg16-397923af.pth). heads_file: the five linear heads in LPIPS's layout
     (vgg.pth: `lin0.model.1.weight` (1, 64, 1, 1), ..., `lin4.model.1.weight`). Raises CheckpointError.
     """
-    state = load_state(heads_file)
+    state = read_weights(heads_file)
     keys = [f"lin{index}.model.1.weight" for index in range(len(VGG16.channels))]
     for key, channels in zip(keys, VGG16.channels):
         if key not in state or state[key].shape != (1, channels, 1, 1):

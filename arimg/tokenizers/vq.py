@@ -24,6 +24,7 @@ class VQConfig:
     codebook_dim: int = 8                                   # C
     base_channels: int = 128
     multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)          # per level; stride = patch_size * 2 ** (levels - 1)
+    decoder_multipliers: tuple[int, ...] | None = None      # None = as the encoder's
     res_blocks: int = 2                                     # per encoder level; the decoder has one more
     z_channels: int = 256
     in_channels: int = 3
@@ -33,9 +34,13 @@ class VQConfig:
     entropy_ratio: float = 0.0                              # 0 = the term is not computed
 
     def __post_init__(self) -> None:
-        widths = [self.base_channels * multiplier for multiplier in (1, *self.multipliers)]
+        if len(self.decoder_multipliers or self.multipliers) != len(self.multipliers):
+            raise ConfigError(f"decoder_multipliers={list(self.decoder_multipliers or ())}: the encoder has "
+                              f"{len(self.multipliers)} levels; give as many")
+        multipliers = [*self.multipliers, *(self.decoder_multipliers or ())]
+        widths = [self.base_channels * multiplier for multiplier in (1, *multipliers)]
         if any(width % 32 or not width for width in widths):
-            raise ConfigError(f"base_channels={self.base_channels}, multipliers={list(self.multipliers)} give widths "
+            raise ConfigError(f"base_channels={self.base_channels}, multipliers={multipliers} give widths "
                               f"{widths}; group norm needs multiples of 32")
 
 
@@ -160,9 +165,9 @@ class VQTokenizer(nn.Module):
         super().__init__()
         self.config = config
         channels = config.in_channels * config.patch_size ** 2
-        sizes = (channels, config.base_channels, config.multipliers, config.res_blocks, config.z_channels)
-        self.encoder = Encoder(*sizes)
-        self.decoder = Decoder(*sizes)
+        base, blocks, latents = config.base_channels, config.res_blocks, config.z_channels
+        self.encoder = Encoder(channels, base, config.multipliers, blocks, latents)
+        self.decoder = Decoder(channels, base, config.decoder_multipliers or config.multipliers, blocks, latents)
         self.quantize = VectorQuantizer(config)
         self.quant_conv = nn.Conv2d(config.z_channels, config.codebook_dim, 1)
         self.post_quant_conv = nn.Conv2d(config.codebook_dim, config.z_channels, 1)

@@ -7,18 +7,6 @@ import torch
 from torch import Tensor
 
 
-def sample_indices(count: int, seed: int, step: int, batch_size: int, rank: int = 0, processes: int = 1) -> np.ndarray:
-    """(batch_size,) indices into `count` samples: every epoch is a permutation of its own, dealt over the processes."""
-    first = (step * processes + rank) * batch_size
-    places = np.arange(first, first + batch_size)
-    result = np.empty(batch_size, dtype=np.int64)
-    for epoch in np.unique(places // count):
-        permutation = np.random.default_rng([seed, 1, int(epoch)]).permutation(count)
-        mine = places // count == epoch
-        result[mine] = permutation[places[mine] % count]
-    return result
-
-
 def batch_rng(seed: int, step: int, rank: int = 0) -> np.random.Generator:
     """The generator of one batch's augmentations."""
     return np.random.default_rng([seed, 2, step, rank])

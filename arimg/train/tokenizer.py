@@ -17,7 +17,7 @@ from arimg.checkpoints import load_component, load_state, save_component
 from arimg.images import make_grid, to_pil
 from arimg.tokenizers.losses import ImageLossConfig, TokenizerLoss, effnet_loss
 from arimg.tokenizers.vq import CodebookUsage, VQConfig, VQTokenizer
-from arimg.train.data import batch_rng, random_crops, sample_indices, to_images
+from arimg.train.data import balanced_indices, batch_rng, random_crops, to_images
 from arimg.train.emoji import load_emoji
 from arimg.train.run import RunConfig
 
@@ -68,6 +68,7 @@ class TokenizerObjective:
         emoji = load_emoji(config.data.path())
         self.images = emoji.images
         self.train_indices = np.flatnonzero(~emoji.held_out)
+        self.train_labels = emoji.labels[self.train_indices]
         held_out = np.flatnonzero(emoji.held_out)
         self.shown = held_out[::max(1, len(held_out) // _SHOWN)][:_SHOWN]
         self.usage = CodebookUsage(config.model.codebook_size, window=config.revive_every * self._codes_per_step())
@@ -78,9 +79,9 @@ class TokenizerObjective:
     def batch(self, step: int, rank: int, processes: int) -> tuple[Tensor, ...]:
         """(images,)"""
         config = self.config
-        chosen = sample_indices(len(self.train_indices), config.seed, step, config.data.batch_size, rank, processes)
         rng = batch_rng(config.seed, step, rank)
-        return (to_images(random_crops(self.images, self.train_indices[chosen], config.crop, rng)),)
+        chosen = self.train_indices[balanced_indices(self.train_labels, config.data.batch_size, rng)]
+        return (to_images(random_crops(self.images, chosen, config.crop, rng)),)
 
     def after_step(self, step: int, network: TokenizerTask) -> dict[str, float]:
         """Count codes; move the dead ones onto latents of the batch."""

@@ -100,7 +100,8 @@ def test_interval_guides_exactly_its_positions(interval: tuple[int, int | None])
     assert (inside - outside).abs().amax((0, 2)).min() > 1e-2
 
 
-def test_other_branches_stop_with_the_interval() -> None:
+def test_defect_08_other_branches_stop_with_the_interval() -> None:
+    """The original went on computing the null half after its guidance had ended."""
     model, codes = toy_model(), toy_codes(2)
     recorder = Recorder(model)
     guidance = Guidance(cfg=3.0, interval=(0, 4))
@@ -130,6 +131,26 @@ def test_start_and_end_touch_exactly_their_positions() -> None:
     assert torch.equal(late[:, :8], plain[:, :8]) and torch.equal(early[:, :8], full[:, :8])
     assert (late - plain)[:, 8:].abs().amax(-1).min() > 1e-2
     assert (early - full)[:, 8:].abs().amax(-1).min() > 1e-3
+
+
+@pytest.mark.parametrize("cfg", [1.0, 3.0])
+def test_control_guidance_touches_exactly_the_positions_of_its_control(cfg: float) -> None:
+    model, codes = toy_model().double(), toy_codes(2)
+    late = combine([toy_inject(2).double()], [1.0], [0.5], [1.0])
+    joint, apart = (guided(model, codes, inject_KBLD=late, guidance=Guidance(cfg, control_cfg))
+                    for control_cfg in (cfg, 2.0))
+    torch.testing.assert_close(apart[:, :8], joint[:, :8], rtol=0, atol=1e-12)
+    torch.testing.assert_close(apart[:, :8], guided(model, codes, guidance=Guidance(cfg))[:, :8], rtol=0, atol=1e-12)
+    assert (apart - joint)[:, 8:].abs().amax(-1).min() > 1e-3
+
+
+def test_two_controls_touch_exactly_the_positions_of_each() -> None:
+    model, codes, a, b = toy_model(), toy_codes(1), toy_inject(1, seed=3), toy_inject(1, seed=4)
+    both = guided(model, codes, inject_KBLD=combine([a, b], [1.0, 1.0], [0.25, 0.5], [0.75, 1.0]))
+    first, plain = guided(model, codes, inject_KBLD=combine([a], [1.0], [0.25], [0.75])), guided(model, codes)
+    assert torch.equal(both[:, :4], plain[:, :4]) and torch.equal(both[:, :8], first[:, :8])
+    assert (both - plain)[:, 4:].abs().amax(-1).min() > 1e-3
+    assert (both - first)[:, 8:].abs().amax(-1).min() > 1e-3
 
 
 def test_two_controls_add_up() -> None:

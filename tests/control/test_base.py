@@ -134,6 +134,13 @@ def test_defect_19_label_colours_do_not_blend():
         assert {tuple(colour) for colour in fitted} <= {(120, 120, 120), (4, 200, 3), (0, 0, 0)}
 
 
+@pytest.mark.parametrize("name", CONTROLS.names())
+def test_defect_20_extractors_say_which_options_they_take(name):
+    """ControlAR's class-conditional test built its HED detector with an argument that the detector does not take."""
+    with pytest.raises(UnknownNameError, match=f"unknown option of {name} 'detect_resolution'"):
+        base.build(name, detect_resolution=512)
+
+
 def test_defect_22_no_absolute_paths():
     """LlamaGen and ControlAR carried private paths of their authors' machines."""
     absolute = re.compile(r"""["'](/(home|root|Users|mnt|data|work|workspace|tmp|opt)\b|[A-Za-z]:\\)""")

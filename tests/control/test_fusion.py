@@ -122,6 +122,11 @@ def test_combine_keeps_dtype_and_gradient():
     assert torch.equal(leaf.grad, torch.full_like(leaf, 0.5))
 
 
+def test_strength_is_not_rounded_to_bfloat16():
+    half = inject().bfloat16()
+    assert torch.equal(combine([half], [0.6]), (0.6 * half.double()).bfloat16())
+
+
 @pytest.mark.parametrize("scale", [math.nan, math.inf, -math.inf])
 def test_strength_must_be_finite(scale):
     with pytest.raises(InputError, match=f"--control-scale {scale}: needs a finite number"):

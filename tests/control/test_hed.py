@@ -129,7 +129,7 @@ def test_without_weights_one_line_says_how_to_get_them(monkeypatch, tmp_path):
 
 def test_weights_of_another_network_name_the_keys(tmp_path, state):
     save_file({key: value for key, value in state.items() if key != "norm"}, tmp_path / "w.safetensors")
-    with pytest.raises(CheckpointError, match="do not fit HED: missing norm;"):
+    with pytest.raises(CheckpointError, match="do not fit HED: 1 missing: norm;"):
         base.build("hed", weights=tmp_path / "w.safetensors")
 
 

@@ -121,10 +121,11 @@ def test_weights_that_cannot_be_used(generator, tmp_path, capsys):
         "other.pth": {f"layer{i}": torch.zeros(1) for i in range(9)},
     }
     parts = {
-        "missing.pth": "do not exist", "cut.safetensors": "damaged or cut off", "noise.pth": "more than tensors",
+        "missing.pth": "do not exist", "cut.safetensors": "is damaged", "noise.pth": "more than tensors",
         "noise.safetensors": "damaged", "evil.pth": "not opened for safety", "number.pth": "not a flat table",
-        "lacks.pth": "do not fit LineGenerator: missing model4.1.bias;", "extra.pth": "extra model9.bias",
-        "shape.pth": r"misshapen model0.1.bias \(65,\) instead of \(64,\)", "other.pth": "and 21 more; extra layer0",
+        "lacks.pth": "do not fit LineGenerator: 1 missing: model4.1.bias;", "extra.pth": "1 unexpected: model9.bias",
+        "shape.pth": r"1 of another shape: model0.1.bias \(65,\) instead of \(64,\)",
+        "other.pth": ", ...; 9 unexpected: layer0",
     }
     for name, content in files.items():
         path = tmp_path / name

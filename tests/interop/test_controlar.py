@@ -113,7 +113,16 @@ def test_heads_of_the_published_encoders(width, heads):
     shapes = {"vit.patch_embed.proj.weight": (width, 3, 14, 14), "vit.pos_embed": (1, 1370, width),
               "vit.blocks.0.ls1.gamma": (width,), "vit.blocks.0.mlp.fc1.weight": (4 * width, width)}
     assert encoder_sizes({key: torch.empty(shape) for key, shape in shapes.items()}) == dict(
-        kind="dinov2", embed_dim=width, depth=1, heads=heads, ffn_hidden=4 * width, patch=14, image_size=518)
+        kind="dinov2", embed_dim=width, depth=1, heads=heads, ffn_hidden=4 * width, patch=14, image_size=518,
+        norm_eps=None)
+
+
+def test_epsilon_of_the_layer_norms_is_that_of_the_encoder_config():
+    torch.manual_seed(0)
+    state = encoder_state(hugging_face("vit").model.state_dict()).state
+    written = {"num_attention_heads": 3, "layer_norm_eps": 0.25}
+    encoder = ControlEncoder(EncoderConfig(**encoder_sizes(state, written), stride=16))
+    assert {module.eps for module in encoder.modules() if isinstance(module, torch.nn.LayerNorm)} == {0.25}
 
 
 @pytest.mark.parametrize("kind, prefix", [("vit", "vit."), ("dinov2", "dinov2."), ("vit", ""), ("dinov2", "")])
@@ -128,14 +137,14 @@ def test_bare_encoder_files_load_into_a_new_adapter(kind, prefix):
     assert torch.equal(adapter.encoder.vit.cls_token, state[f"{prefix}embeddings.cls_token"])
 
 
-def test_defect_9_a_renamed_linear_layer_is_named_and_never_left_random():
+def test_defect_09_a_renamed_linear_layer_is_named_and_never_left_random():
     state = rename(hugging_face("vit").model.state_dict(), "vit", "transformers 4")
     weights = encoder_state({key.replace("attention.query", "attention.q"): tensor for key, tensor in state.items()})
     config = ControlConfig(**encoder_sizes(weights.state, {"num_attention_heads": 3}), stride=16)
     with pytest.raises(CheckpointError) as caught:
         ControlAdapter(config).load_encoder(weights.state)
-    assert "missing vit.blocks.0.attn.qkv.weight" in str(caught.value)
-    assert "unexpected encoder.layer.0.attention.attention.q.weight" in str(caught.value)
+    assert "missing: vit.blocks.0.attn.qkv.weight" in str(caught.value)
+    assert "unexpected: encoder.layer.0.attention.attention.q.weight" in str(caught.value)
 
 
 def test_unknown_keys_reach_the_strict_load_under_their_own_name():

@@ -19,6 +19,7 @@ from arimg.interop.convert import convert
 from arimg.interop.vq import infer_vq_config
 from arimg.pipeline import Pipeline
 from arimg.tokenizers.vq import VQConfig, VQTokenizer
+from tests.toy import toy_text_encoder
 
 FIXTURES = Path(__file__).parents[1] / "data/parity"
 VQ = VQConfig(codebook_size=96, base_channels=32, multipliers=(1, 1, 1, 1, 1), res_blocks=1, z_channels=8)   # stride 16
@@ -146,6 +147,8 @@ def test_tokenizer_fixture_config_is_read_off_its_shapes() -> None:
         codebook_size=config["codebook_size"], codebook_dim=config["codebook_embed_dim"],
         base_channels=config["base_channels"], multipliers=tuple(config["encoder_ch_mult"]),
         res_blocks=config["num_res_blocks"], z_channels=config["z_channels"], in_channels=config["in_channels"])
+    uneven = VQConfig(base_channels=32, multipliers=(1, 2, 4), decoder_multipliers=(1, 1, 3), z_channels=8)
+    assert infer_vq_config(VQTokenizer(uneven).state_dict()) == uneven
     del state["encoder.conv_in.weight"]
     with pytest.raises(CheckpointError, match="encoder.conv_in.weight missing"):
         infer_vq_config(state)
@@ -202,15 +205,9 @@ def test_a_bare_encoder_starts_a_new_control(tmp_path: Path, vq_file: Path, nami
 
 
 def test_text_encoder_is_copied_into_the_folder(tmp_path: Path, vq_file: Path) -> None:
-    transformers = pytest.importorskip("transformers")
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    words = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 1, "<unk>": 2, "a": 3, "cat": 4}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>",
-                                                     unk_token="<unk>")
-    t5 = transformers.T5EncoderModel(transformers.T5Config(vocab_size=8, d_model=40, d_kv=8, d_ff=16, num_layers=1,
-                                                           num_heads=2))
-    for part in (t5, tokenizer):
+    pytest.importorskip("transformers")
+    text = toy_text_encoder(width=40)
+    for part in (text.model, text.tokenizer):
         part.save_pretrained(tmp_path / "t5")
     state, _ = fixture("llamagen_gpt_t2i")
     files = [vq_file, saved(tmp_path / "t2i.pt", state)]

@@ -13,7 +13,10 @@ from torch import Tensor
 from arimg.accel.ar import PlainAR
 from arimg.accel.base import DecodeRequest, Guidance
 from arimg.accel.target import Target
+from arimg.control.adapter import ControlAdapter, ControlConfig
 from arimg.control.fusion import combine, injection_layers
+from arimg.errors import InputError
+from arimg.models import layers
 from arimg.models.ar import ARTransformer
 from arimg.models.base import Condition
 from tests.models.toy import CAPTION, logits_by_steps, toy_captions, toy_classes, toy_codes, toy_inject, toy_model
@@ -73,6 +76,29 @@ def test_defect_08_cache_is_not_in_the_module() -> None:
     assert not any(name for module in model.modules() for name in vars(module) if "cache" in name)
 
 
+def test_defect_08_passes_do_not_read_the_unwritten_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+    attention = layers.attention
+
+    def watched(q: Tensor, k: Tensor, *others: Any, **options: Any) -> Tensor:
+        read.append(k.shape[2])
+        return attention(q, k, *others, **options)
+
+    monkeypatch.setattr(layers, "attention", watched)
+    model = toy_model(layers=1, inject_layers=(0,), rope_grid="true")
+    decode(model, toy_classes(1), (10, 20))
+    assert read == [min(-(-seen // layers.EXTENT_STEP) * layers.EXTENT_STEP, 201) for seen in range(1, 201)]
+
+
+def test_defect_09_nothing_is_patched_while_networks_are_built_and_used() -> None:
+    """Sampling scripts of the originals replaced the initialisation of Linear and LayerNorm in the whole process."""
+    before = [(kind, dict(vars(kind))) for kind in (torch.nn.Linear, torch.nn.LayerNorm, torch.nn.Embedding)]
+    model = toy_model()
+    ControlAdapter(ControlConfig(dim=32))
+    decode(model, toy_classes(1), guidance=Guidance(cfg=2.0))
+    assert [(kind, dict(vars(kind))) for kind, _ in before] == before
+
+
 def test_defect_10_any_caption_shape_and_grid() -> None:
     model = toy_model(conditioning="text", rope_grid="true")
     assert model.prefix_length == CAPTION[0] != 120
@@ -118,6 +144,15 @@ def test_defect_15_control_does_not_shift_positions() -> None:
     cell = model.rotary_table((4, 4))[model.prefix_length + 5]         # token 5: row 1, column 1
     one = torch.tensor(1.0)
     assert torch.equal(cell[:2], cell[2:]) and torch.equal(cell[0], torch.stack([one.cos(), one.sin()]))
+
+
+def test_defect_16_the_bound_on_a_size_is_the_product_of_its_sides() -> None:
+    """ControlAR's resolution sampler compared the sum of the sides, and ran over the end of its rotary table."""
+    model = toy_model()
+    for grid in ((2, 8), (8, 2), (1, 16), (3, 5)):
+        assert decode(model, toy_classes(1), grid).shape == (1, grid[0] * grid[1])
+    with pytest.raises(InputError, match="grid 4x5 has 20 tokens: this model's rotary table ends at 16"):
+        decode(model, toy_classes(1), (4, 5))
 
 
 def test_defect_17_positions_follow_the_true_width_and_not_a_command_line_size() -> None:

@@ -56,7 +56,7 @@ class Fixture:
         exact = rule["mode"] == "exact"
         assert exact or rule["mode"] == "close", f"{name}: unknown mode {rule['mode']!r}"
         error = (got.detach().double() - want.double()).abs()
-        limit = torch.zeros_like(error) if exact else rule["atol"] + rule["rtol"] * want.double().abs()
+        limit = torch.zeros_like(error) if exact else rule.get("atol", 0) + rule.get("rtol", 0) * want.double().abs()
         bad = where & ~((error <= limit) | (got.detach().double() == want.double()))
         worst = float(error[where].max()) if where.any() else 0.0
         self.errors[name] = max(worst, self.errors.get(name, 0.0))

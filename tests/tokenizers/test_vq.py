@@ -61,6 +61,17 @@ def test_codes_and_latents_decode_alike(l2_norm: bool) -> None:
 
 
 @torch.no_grad()
+def test_a_decoder_of_other_widths() -> None:
+    tokenizer = toy(replace(TOY, multipliers=(1, 1, 2), decoder_multipliers=(2, 1, 3)))
+    assert tokenizer.encoder.norm_out.num_channels == 64 and tokenizer.decoder.conv_in.out_channels == 96
+    assert tokenizer.decoder.norm_out.num_channels == 64
+    encoded = tokenizer.encode(images(12, 20))
+    assert tokenizer.decode(encoded.latents_BChw).shape == (2, 3, 12, 20)
+    with pytest.raises(ConfigError, match=r"decoder_multipliers=\[1\]: the encoder has 3 levels"):
+        replace(TOY, decoder_multipliers=(1,))
+
+
+@torch.no_grad()
 def test_codes_are_in_raster_order() -> None:
     tokenizer = toy()
     codes_BL = torch.arange(6)[None]

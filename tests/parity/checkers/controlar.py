@@ -18,7 +18,7 @@ from arimg.models.base import Condition
 from tests.parity.checkers.llamagen_gpt import check_run, square, stored_condition
 from tests.parity.fixture import Fixture
 
-STRIDE = 16     # pixels per image token, in every ControlAR model
+DINOV2_STRIDE = 16      # pixels of the control per token; the ViT of class-conditional models resizes nothing
 
 
 def check(fixture: Fixture) -> None:
@@ -26,11 +26,11 @@ def check(fixture: Fixture) -> None:
     adapter, model = build(fixture)
     condition = stored_condition(fixture)
     for name in list(fixture.tensors):
-        if name.startswith("in.") and name.endswith("control"):
-            check_size(fixture, adapter, model, condition, prefix=name[len("in."):-len("control")])
+        if name.startswith("in.") and name.endswith("tokens"):
+            check_size(fixture, adapter, model, condition, prefix=name[len("in."):-len("tokens")])
     if "out.freqs_cis" in fixture:
         fixture.compare("out.freqs_cis", model.rotary_table(square(model.config.block_size)))
-    for run, settings in fixture.settings["runs"].items():
+    for run, settings in fixture.settings.get("runs", {}).items():
         check_controlled_run(fixture, adapter, model, condition, run, settings)
 
 
@@ -43,8 +43,10 @@ def build(fixture: Fixture) -> tuple[ControlAdapter, ARTransformer]:
     assert config.ffn_hidden == fixture.spec.get("ffn_hidden", config.ffn_hidden)
     model = ARTransformer(config)
     model.load_state_dict(transformer_from_llamagen(weights.transformer))
-    adapter = ControlAdapter(control_config_from_controlar(fixture.state_dict(), fixture.spec["encoder_config"]))
-    check_encoder_config(adapter, fixture.spec["encoder_config"])
+    encoder = fixture.spec["encoder_config"]
+    stride = encoder["patch_size"] if encoder["type"] == "ViT" else DINOV2_STRIDE
+    adapter = ControlAdapter(control_config_from_controlar(fixture.state_dict(), encoder, stride=stride))
+    check_encoder_config(adapter, encoder)
     adapter.load_state_dict(weights.control)
     return adapter.eval(), model.eval()
 
@@ -52,11 +54,12 @@ def build(fixture: Fixture) -> tuple[ControlAdapter, ARTransformer]:
 def check_encoder_config(adapter: ControlAdapter, written: dict[str, Any]) -> None:
     """The inferred encoder is the one that the Hugging Face config describes."""
     config = adapter.config
-    ffn_hidden = written.get("intermediate_size", written["hidden_size"] * written.get("mlp_ratio", 4))
+    ffn_hidden = written.get("intermediate_size", int(written["hidden_size"] * written.get("mlp_ratio", 4)))
     assert (config.kind, config.embed_dim, config.depth, config.heads, config.ffn_hidden) == (
         written["type"].lower(), written["hidden_size"], written["num_hidden_layers"], written["num_attention_heads"],
         ffn_hidden)
-    assert (config.patch, config.image_size) == (written["patch_size"], written["image_size"])
+    assert config.image_size is not None and config.patch == written["patch_size"]
+    assert config.image_size // config.patch == written["image_size"] // written["patch_size"]
 
 
 def resample_of(fixture: Fixture) -> str:
@@ -69,7 +72,7 @@ def check_size(fixture: Fixture, adapter: ControlAdapter, model: ARTransformer, 
                prefix: str) -> None:
     """Everything but generation, for the control `in.<prefix>control`."""
     maps_B3HW, tokens_BL = fixture[f"in.{prefix}control"], fixture[f"in.{prefix}tokens"]
-    grid = token_grid(maps_B3HW)
+    grid = token_grid(adapter, maps_B3HW)
     resample = resample_of(fixture)
     encoded_BLE = adapter.tokens(maps_B3HW, resample)
     projected_BLD = adapter.fusion.adapter_mlp(encoded_BLE)
@@ -83,8 +86,9 @@ def check_size(fixture: Fixture, adapter: ControlAdapter, model: ARTransformer, 
         **{f"control_layer_{k}": inject_BLD for k, inject_BLD in enumerate(inject_KBLD)},
         "logits": logits_BLV,
         "loss": F.cross_entropy(logits_BLV.flatten(0, 1), tokens_BL.flatten()),
-        "logits_dropped": model(tokens_BL, model.null(condition), grid),
     }
+    if f"out.{prefix}logits_dropped" in fixture:
+        got["logits_dropped"] = model(tokens_BL, model.null(condition), grid)
     for name, value in got.items():
         if f"out.{prefix}{name}" in fixture:
             fixture.compare(f"out.{prefix}{name}", value)
@@ -96,11 +100,13 @@ def check_size(fixture: Fixture, adapter: ControlAdapter, model: ARTransformer, 
 @torch.no_grad()
 def check_controlled_run(fixture: Fixture, adapter: ControlAdapter, model: ARTransformer, condition: Condition,
                          run: str, settings: dict[str, Any]) -> None:
-    """One greedy generation. The original ignores the strength where there is no guidance (defect 13)."""
+    """One greedy generation. The original ignores the strength in class-conditional models and where there is no
+    guidance (defects 12 and 13)."""
     maps_B3HW = fixture[control_name(fixture, settings)]
-    strength = settings.get("control_strength", 1.0) if settings["cfg_scale"] > 1 else 1.0
+    heeded = settings["cfg_scale"] > 1 and model.config.conditioning == "text"
+    strength = settings.get("control_strength", 1.0) if heeded else 1.0
     inject_KBLD: Tensor = combine([adapter.inject(maps_B3HW, resample_of(fixture))], [strength])
-    check_run(fixture, model, condition, run, settings, inject_KBLD, token_grid(maps_B3HW))
+    check_run(fixture, model, condition, run, settings, inject_KBLD)
 
 
 def control_name(fixture: Fixture, settings: dict[str, Any]) -> str:
@@ -109,7 +115,7 @@ def control_name(fixture: Fixture, settings: dict[str, Any]) -> str:
     return settings.get("control", sized if sized in fixture else "in.control")
 
 
-def token_grid(maps_B3HW: Tensor) -> tuple[int, int]:
+def token_grid(adapter: ControlAdapter, maps_B3HW: Tensor) -> tuple[int, int]:
     """(h, w) in tokens."""
     height, width = maps_B3HW.shape[-2:]
-    return height // STRIDE, width // STRIDE
+    return height // adapter.config.stride, width // adapter.config.stride

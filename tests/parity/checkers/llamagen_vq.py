@@ -8,6 +8,14 @@ from arimg.interop.vq import vq_from_llamagen
 from arimg.tokenizers.vq import CodebookUsage, VQConfig, VQTokenizer
 from tests.parity.fixture import Fixture
 
+RENAMED = {
+    "codebook_size": "codebook_size", "codebook_embed_dim": "codebook_dim", "codebook_l2_norm": "l2_norm",
+    "commit_loss_beta": "commit_beta", "entropy_loss_ratio": "entropy_ratio", "encoder_ch_mult": "multipliers",
+    "decoder_ch_mult": "decoder_multipliers", "z_channels": "z_channels", "base_channels": "base_channels",
+    "num_res_blocks": "res_blocks", "in_channels": "in_channels",
+}
+WITHOUT_EFFECT = ("codebook_show_usage", "dropout_p", "norm")   # the buffer tells; eval mode; one norm for all
+
 
 @torch.no_grad()
 def check(fixture: Fixture) -> None:
@@ -23,13 +31,10 @@ def check(fixture: Fixture) -> None:
 def config(fixture: Fixture) -> VQConfig:
     """The config as the fixture writes it."""
     spec = fixture.spec["config"]
-    assert spec["encoder_ch_mult"] == spec["decoder_ch_mult"], "one list of multipliers, as in every released tokenizer"
-    return VQConfig(
-        codebook_size=spec["codebook_size"], codebook_dim=spec["codebook_embed_dim"],
-        base_channels=spec["base_channels"], multipliers=tuple(spec["encoder_ch_mult"]),
-        res_blocks=spec["num_res_blocks"], z_channels=spec["z_channels"], in_channels=spec["in_channels"],
-        l2_norm=spec["codebook_l2_norm"], commit_beta=spec["commit_loss_beta"],
-        entropy_ratio=spec["entropy_loss_ratio"])
+    unknown = set(spec) - set(RENAMED) - set(WITHOUT_EFFECT)
+    assert not unknown, f"unknown arguments of the tokenizer: {sorted(unknown)}"
+    return VQConfig(**{ours: tuple(spec[theirs]) if "mult" in ours else spec[theirs]
+                       for theirs, ours in RENAMED.items() if theirs in spec})
 
 
 def check_image(fixture: Fixture, tokenizer: VQTokenizer, suffix: str) -> None:
