@@ -203,6 +203,13 @@ def load_component(folder: str | Path, dtype: torch.dtype | None = None, device:
             module = network(config)
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from error
+    except (ArithmeticError, LookupError, RuntimeError) as error:       # sizes that no network can have
+        raise CheckpointError(f"{path}: its values build no {network.__name__} ({_one_line(error)}); "
+                              "take the config that belongs to the weights") from error
+    integers = [key for key, tensor in state.items() if not tensor.is_floating_point()]
+    if integers:
+        raise CheckpointError(f"{folder}: {', '.join(integers[:3])} hold {state[integers[0]].dtype} values; "
+                              "weights are floating-point numbers")
     load_state(module, state, str(folder))
     return module.to(device=device, dtype=dtype).eval()
 
@@ -297,7 +304,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no such file; the folder is not complete") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read as JSON ({_one_line(error)})") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: holds {type(content).__name__}, not an object with keys")

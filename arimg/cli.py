@@ -89,8 +89,8 @@ def _out_of_memory(error: MemoryError | RuntimeError) -> str:
     text = str(error)
     if not isinstance(error, MemoryError) and not re.search("out of memory|allocate memory|not enough memory", text):
         raise error
-    tried = re.search(r"tried to allocate [\d.]+ \w+", text, re.IGNORECASE)
-    return f"out of memory{f' ({tried[0].lower()})' if tried else ''}; use a smaller -n, --size, batch or model"
+    tried = re.search(r"tried to (allocate [\d.]+ \w+)", text, re.IGNORECASE)
+    return f"out of memory{f' (tried to {tried[1]})' if tried else ''}; use a smaller -n, --size, batch or model"
 
 
 def fail(message: str, code: int) -> None:

@@ -117,6 +117,21 @@ def test_config_errors(folder: Path) -> None:
     assert "dim 32 with 3 heads" in message(load_component, folder / "transformer")
 
 
+@pytest.mark.parametrize(("part", "values"), [("transformer", {"heads": 0}), ("transformer", {"vocab_size": -1}),
+                                              ("tokenizer", {"multipliers": []})])
+def test_values_that_build_no_network_are_one_line(folder: Path, part: str, values: dict[str, object]) -> None:
+    edit_json(folder / part / CONFIG, **values)
+    assert "its values build no" in message(load_component, folder / part)
+
+
+def test_deeply_nested_json_and_integer_weights_are_one_line(folder: Path) -> None:
+    state = load_file(folder / "transformer" / WEIGHTS)
+    save_file({**state, "norm.weight": state["norm.weight"].long()}, folder / "transformer" / WEIGHTS)
+    assert "norm.weight hold torch.int64 values" in message(load_component, folder / "transformer")
+    (folder / INDEX).write_text("[" * 100_000)
+    assert "cannot be read as JSON" in message(read_index, folder)
+
+
 def test_unknown_underscore_keys_of_diffusers_are_ignored(folder: Path) -> None:
     edit_json(folder / "tokenizer" / CONFIG, _diffusers_version="9.9", _name_or_path="x")
     assert load_component(folder / "tokenizer").config.codebook_size == 24

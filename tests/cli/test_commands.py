@@ -75,6 +75,10 @@ def test_control(tmp_path: Path) -> None:
     assert usual.any() and usual.shape == (20, 30, 3) and not np.array(load_image(out)).any()
 
 
+def test_control_checks_the_type_before_the_photo(tmp_path: Path) -> None:
+    assert "unknown control type 'photo.jpg'" in arimg("control", "photo.jpg", "canny", code=2).stderr
+
+
 def test_control_list() -> None:
     lines = arimg("control", "--list").stdout.splitlines()
     assert [line.split()[0] for line in lines] == ["canny", "depth", "hed", "lineart", "map", "seg"]

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from safetensors.torch import load_file, save_file
 
 from arimg import images
@@ -155,12 +155,18 @@ def test_unusual_pictures_are_handled(model: Path, make: Callable[[], Image.Imag
     (["--control-type", "cany", "--control", "map.png"], "unknown control type 'cany'; did you mean canny?"),
     (["--control-type", "depth", "--control", "map.png"], "control type 'depth': this model was trained on canny"),
     (["--control-type", "canny"], "control_type canny is given without a control image"),
+    (["--control-scale", "0.5"], "control_scale 0.5 is given without a control image"),
+    (["--control-end", "0.5"], "control_end 0.5 is given without a control image"),
     (["--control", "map.png", "--control-scale", "1", "--control-scale", "2"], "2 values of control_scale for 1"),
     (["--control", "map.png", "--control-scale", "nan"], "--control-scale nan: needs a finite number"),
     (["--control", "map.png", "--control-start", "0.8", "--control-end", "0.2"], "needs 0 <= start < end <= 1"),
     (["--control", "map.png", "--resize", "zoom"], "unknown resize mode 'zoom'"),
     (["--class", "doog"], "unknown class 'doog'; did you mean dog?"),
     (["--class", "17"], "class 17: the ids of this model are 0 to 2"),
+    (["--class", "²"], "unknown class '²'"),
+    (["--class", "--1"], "unknown class '--1'"),
+    (["--class", "9" * 5000], "unknown class '999"),
+    (["--device", "meta"], "device 'meta' cannot be used here"),
     (["--prompt", "a cat"], "a prompt is given, but this model knows classes"),
     (["--decoder", "jacoby"], "unknown decoder 'jacoby'"),
     (["--temperature", "-1"], "--temperature -1.0: needs a finite number >= 0"),
@@ -171,8 +177,10 @@ def test_unusual_pictures_are_handled(model: Path, make: Callable[[], Image.Imag
     (["--cfg", "inf"], "--cfg inf"),
     (["--control-cfg", "-2"], "--control-cfg -2.0"),
     (["--cfg-interval", "9:3"], "--cfg-interval 9:3: needs 0 <= first < stop"),
+    (["--cfg-interval", f"0:{'9' * 30}"], "is no interval; write token positions as first:stop"),
     (["--cfg-interval", "early"], "'early' is no interval; write token positions as first:stop"),
     (["-n", "0"], "n is 0; ask for 1 to 1024 pictures"),
+    (["-n", "1000000000"], "n is 1000000000; ask for 1 to 1024 pictures"),
     (["-n", "many"], "'many' is not a valid integer"),
     (["--seed", "-5"], "seed -5: a seed is a whole number from 0"),
     (["--seed", "x"], "'x' is not a valid integer"),
@@ -281,11 +289,33 @@ def test_from_a_picture_without_a_recipe() -> None:
     ({"options": {}, "controls": [7]}, "a control image in its recipe is damaged; give --control FILE"),
     ({"options": {"size": "large"}, "controls": []}, "'large' is no size"),
     ({"options": {"seed": "x"}, "controls": []}, "'x' is not a valid integer"),
+    ({"options": {"seed": 1.5}, "controls": []}, "'1.5' is not a valid integer"),
+    ({"options": {"n": [1]}, "controls": []}, "--from bad.png: n = [1] in its recipe is damaged; use the file as"),
+    ({"options": {"n": None}, "controls": []}, "n = None in its recipe is damaged"),
+    ({"options": {"cfg": {}}, "controls": []}, "cfg = {} in its recipe is damaged"),
+    ({"options": {"control_scale": 1}, "controls": []}, "control_scale = 1 in its recipe is damaged"),
+    ({"options": {"control_scale": [[1]]}, "controls": []}, "control_scale = [[1]] in its recipe is damaged"),
 ])
 def test_from_a_damaged_recipe(model: Path, recipe: dict[str, Any], message: str) -> None:
     recipe["options"]["model"] = str(model)
     images.save_image(Image.new("RGB", (4, 4)), "bad.png", recipe)
     assert message in fails("sample", "--from", "bad.png")
+
+
+def test_a_recipe_nested_without_end(model: Path) -> None:
+    text = PngImagePlugin.PngInfo()
+    text.add_text("arimg", "[" * 100_000)
+    Image.new("L", (4, 4)).save("deep.png", pnginfo=text)
+    assert "the arimg metadata of picture 'deep.png' is damaged" in fails("sample", "--from", "deep.png")
+
+
+def test_a_recipe_does_not_choose_what_is_read_or_written(model: Path) -> None:
+    options = {"model": str(model), "output": "theirs.png", "json_path": "theirs.json", "format_name": "webp",
+               "control": ["/etc/passwd"], "control_from": ["/etc/passwd"], "device": "nowhere"}
+    images.save_image(Image.new("RGB", (4, 4)), "theirs-recipe.png", {"options": options, "controls": []})
+    result = CliRunner().invoke(main, ["sample", "--from", "theirs-recipe.png", "-o", "mine.png"])
+    assert result.exit_code == 0, result.stderr
+    assert sorted(map(str, Path().iterdir())) == ["map.png", "mine.png", "theirs-recipe.png"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -304,6 +334,10 @@ def never(*_: Any, **__: Any) -> Any:
     (["-o", "out.png", "-n", "2"], "output 'out-1.png' is a folder"),
     (["-o", "x.png", "--json", "folder"], "output 'folder' is a folder; add a file name"),
     (["-o", "x.png", "--json", "no/x.json"], "output folder 'no' does not exist"),
+    (["-o", "x.png", "--json", "map.png/x.json"], "output folder 'map.png' is not a folder"),
+    (["-o", "x.png", "--json", "/dev/full"], "output '/dev/full' is not a regular file"),
+    (["-o", "x.png", "--json", "./x.png"], "--json ./x.png: a picture goes there; name another file, for example x.js"),
+    (["-o", "x.png", "-n", "2", "--json", "x-1.png"], "--json x-1.png: a picture goes there"),
 ])
 def test_output_is_checked_before_the_model_runs(model: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str],
                                                  message: str) -> None:
@@ -349,11 +383,34 @@ def test_ctrl_c_while_writing(model: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert "interrupted" in sample_fails(model, code=130)
 
 
-def test_out_of_memory(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("error", "message"), [
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has ..."),
+     " (tried to allocate 20.00 GiB)"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 80 bytes. Error code 12"),
+     " (tried to allocate 80 bytes)"),
+    (MemoryError(), ""),
+], ids=["cuda", "cpu", "python"])
+def test_out_of_memory(model: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, message: str) -> None:
     def exhaust(*_: Any) -> Any:
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise error
     monkeypatch.setattr(VQTokenizer, "decode_codes", exhaust)
-    assert "2 pictures at once do not fit into the memory of cpu" in sample_fails(model, "-n", "2")
+    assert sample_fails(model) == f"out of memory{message}; use a smaller -n, --size, batch or model"
+
+
+def test_a_fault_of_the_program_is_not_hidden(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fault(*_: Any) -> Any:
+        raise RuntimeError("shapes differ")
+    monkeypatch.setattr(VQTokenizer, "decode_codes", fault)
+    result = CliRunner().invoke(main, ["sample", "--model", str(model), "-o", "out.png"])
+    assert isinstance(result.exception, RuntimeError) and "shapes differ" in str(result.exception)
+
+
+def test_an_error_of_the_system_says_where(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> Any:
+        raise PermissionError(errno.EACCES, "Permission denied", "/somewhere")
+    monkeypatch.setattr("arimg.train.emoji.build_emoji", refuse)
+    assert fails("data", "emoji") == (
+        "/somewhere: Permission denied; check the path, its permissions and the free space")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -369,3 +426,10 @@ def test_as_a_program(model: Path) -> None:
         2, f"arimg: error: control image 'x.png' does not exist; check the path (now in {str(Path.cwd())!r})\n")
     code, line = run("sample", "--foo")
     assert code == 2 and line.startswith("arimg: error: No such option") and line.endswith("see: arimg sample --help\n")
+
+
+def test_without_stderr(model: Path) -> None:
+    command = 'exec "$0" -m arimg sample --model "$1" -o out.png 2>&-'
+    done = subprocess.run(["sh", "-c", command, sys.executable, str(model)], stdout=subprocess.PIPE, text=True,
+                          timeout=300, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert (done.returncode, done.stdout) == (0, "out.png\n")

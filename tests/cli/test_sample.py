@@ -11,7 +11,6 @@ from click.testing import CliRunner, Result
 from PIL import Image, ImageDraw
 
 from arimg import images
-from arimg.checkpoints import list_models
 from arimg.cli import main
 from tests.toy import SIDE, toy_folder
 
@@ -146,7 +145,6 @@ def test_dtype_and_device(model: str) -> None:
     assert options_of("x.png")["dtype"] == str(torch.float64).removeprefix("torch.")
 
 
-@pytest.mark.skipif("emoji" not in [found.name for found in list_models()], reason="no embedded model in this tree")
 def test_the_embedded_model_on_the_example() -> None:
     example = Path(__file__).resolve().parents[2] / "examples" / "canny.png"
     result = arimg("sample", "--control", str(example), "-o", "x.png")
