@@ -5,6 +5,7 @@ Each sample is a picture's codes, its class, and a control map extracted from th
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -142,7 +143,7 @@ class ControlObjective:
         result = PlainAR().decode(Target(network.transformer, request), request)
         assert result.codes_BL is not None
         painted = self.cache.tokenizer.decode_codes(result.codes_BL.cpu(), self.cache.grid)
-        print(f"validation loss {self.validation_loss(network):.3f} nats per token")
+        print(f"validation loss {self.validation_loss(network):.3f} nats per token", file=sys.stderr)
         pictures = torch.cat([maps, to_images(self.emoji.images[indices]), painted])
         return make_grid([to_pil(picture) for picture in pictures], columns=len(indices))
 
