@@ -1,59 +1,54 @@
-"""Line art: strokes from a difference of Gaussians (no weights), or from the learned generator."""
+"""Line art: strokes of the learned generator, or of a difference of Gaussians (control/lines.py), without weights."""
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 from PIL import Image
 
-from arimg.control.base import MAX_SIDE, ControlType, Status, at_most, check_number
-from arimg.errors import InputError
+from arimg.control.base import MAX_SIDE, ControlType, Status, annotator_path, at_most, check_choice, check_number
+from arimg.control.lines import strokes
+from arimg.errors import CheckpointError, InputError
 from arimg.images import RESAMPLES, to_tensor
 
+log = logging.getLogger("arimg")
+
+METHODS = ("auto", "network", "classical")
+FILE = "sk_model.pth"
+GET_WEIGHTS = f"put {FILE} of lllyasviel/Annotators there, or give weights={FILE}"
 MIN_SIDE = 8         # what the generator's reflection padding needs
-RATIO = 1.6          # of the two Gaussians: the closest to a Laplacian (Marr and Hildreth 1980)
-MID_GREY = 127       # brightness of a stroke of median strength
-MIN_MEDIAN = 4       # strokes are not amplified beyond 127 / 4, so that a blank or noisy picture stays dark
 
 
 class Lineart:
     """Strokes, 0 to 255.
 
-    Without weights: a pixel is part of a stroke as far as it is darker than its surroundings in some channel,
-    max over channels of G(1.6 sigma) * picture - G(sigma) * picture, so edges get a stroke on their dark side; the
-    median of the values above `threshold` becomes mid-grey.
-    sigma: width of the inner Gaussian in pixels; larger finds broader strokes. threshold: 0..254, values up to it are
-    no stroke.
-    weights: the generator's sk_model.pth (or safetensors); sigma and threshold are then not used. The generator
+    method: "network" draws with the learned generator, "classical" takes the strokes of `control.lines.strokes`, "auto"
+    the generator if its weights are installed, else the classical ones, and says so.
+    weights: the generator's sk_model.pth (or safetensors). Default: $ARIMG_HOME/annotators/sk_model.pth. The generator
     draws dark on white, and its map is inverted: every lineart map is white on black (ControlAR did so in one of its
     scripts only).
+    sigma, threshold: of the classical strokes; the generator does not use them.
     """
 
-    type: ClassVar = ControlType("lineart", "strokes (difference of Gaussians, or learned)", "white strokes on black")
+    type: ClassVar = ControlType("lineart", "strokes (learned, or difference of Gaussians)", "white strokes on black")
 
-    def __init__(self, weights: Any = None, sigma: Any = 1.0, threshold: Any = 2.0) -> None:
+    def __init__(self, weights: Any = None, method: Any = "auto", sigma: Any = 1.0, threshold: Any = 2.0) -> None:
         self.sigma = check_number("lineart sigma", sigma, 0.1, 100)
         self.threshold = check_number("lineart threshold", threshold, 0, 254)
-        self.network: Any = _load_generator(Path(weights).expanduser()) if weights else None
+        path = _generator_path(weights, check_choice("lineart method", method, METHODS))
+        self.network: Any = _load_generator(path) if path else None
 
     def __call__(self, image: Image.Image) -> Image.Image:
         image = image.convert("RGB")
-        strokes_HW = self._subtract(image) if self.network is None else self._draw(image)
-        strokes = Image.fromarray(strokes_HW).resize(image.size, RESAMPLES[self.type.resample])
-        return strokes.convert("RGB")
+        strokes_HW = self._trace(image) if self.network is None else self._draw(image)
+        drawing = Image.fromarray(strokes_HW).resize(image.size, RESAMPLES[self.type.resample])
+        return drawing.convert("RGB")
 
-    def _subtract(self, image: Image.Image) -> np.ndarray:
-        import cv2
-
-        pixels_HW3 = np.array(image, dtype=np.float32)
-        inner_HW3 = cv2.GaussianBlur(pixels_HW3, (0, 0), self.sigma)
-        outer_HW3 = cv2.GaussianBlur(pixels_HW3, (0, 0), RATIO * self.sigma)
-        darker_HW = (outer_HW3 - inner_HW3).max(axis=2)
-        stroke_HW = darker_HW > self.threshold
-        median = max(MIN_MEDIAN, float(np.median(darker_HW[stroke_HW]))) if stroke_HW.any() else MIN_MEDIAN
-        return np.where(stroke_HW, darker_HW * (MID_GREY / median), 0).clip(0, 255).astype(np.uint8)
+    def _trace(self, image: Image.Image) -> np.ndarray:
+        return strokes(np.array(image), self.sigma, self.threshold).astype(np.uint8)
 
     def _draw(self, image: Image.Image) -> np.ndarray:
         import torch
@@ -69,8 +64,25 @@ class Lineart:
 
     @classmethod
     def status(cls) -> Status:
-        return Status(True, "difference of Gaussians, no weights; weights=sk_model.pth (lllyasviel/Annotators) for the "
-                            "learned generator")
+        path = annotator_path(FILE)
+        if path.is_file():
+            return Status(True, f"learned generator, weights {path}; method=classical draws without it")
+        return Status(True, f"classical strokes; no weights at {path} for the learned generator: {GET_WEIGHTS}")
+
+
+def _generator_path(weights: Any, method: str) -> Path | None:
+    """The generator's file, or None for classical strokes. Raises InputError and CheckpointError."""
+    path = Path(weights).expanduser() if weights else annotator_path(FILE)
+    if method == "classical":
+        if weights:
+            raise InputError(f"lineart weights={weights} with method=classical, which has none; leave one of them out")
+        return None
+    if weights or path.is_file():
+        return path
+    if method == "network":
+        raise CheckpointError(f"lineart method=network needs weights, and {str(path)!r} does not exist; {GET_WEIGHTS}")
+    log.warning("lineart: no weights at %s, so strokes are classical; for the learned generator, %s", path, GET_WEIGHTS)
+    return None
 
 
 def _load_generator(path: Path) -> Any:

@@ -11,7 +11,8 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -70,6 +71,21 @@ def build_optimizer(network: nn.Module, config: OptimConfig) -> torch.optim.Adam
                              betas=(config.beta1, config.beta2))
 
 
+class Batches:
+    """Batches by step; a thread makes the next step's while this one trains. `make` depends on the step alone."""
+
+    def __init__(self, make: Callable[[int], tuple[Tensor, ...]]) -> None:
+        self.make = make
+        self.pool = ThreadPoolExecutor(1)
+        self.ahead: dict[int, Future[tuple[Tensor, ...]]] = {}
+
+    def get(self, step: int) -> tuple[Tensor, ...]:
+        """The batch of `step`."""
+        now = self.ahead.get(step) or self.pool.submit(self.make, step)
+        self.ahead = {step + 1: self.pool.submit(self.make, step + 1)}
+        return now.result()
+
+
 class Progress:
     """Where a run stands; saved with every checkpoint."""
 
@@ -104,6 +120,8 @@ class Trainer:
         self.network, self.optimizer = self.accelerator.prepare(objective.network, optimizer)
         self.schedule = schedule
         self.progress = Progress(objective)
+        index, count = self.accelerator.process_index, self.accelerator.num_processes
+        self.batches = Batches(lambda step: objective.batch(step, index, count))
         self.ema = EMAModel(self.bare().parameters(), decay=config.train.ema_decay, use_ema_warmup=True,
                             power=0.75) if config.train.ema_decay else None
         self.accelerator.register_for_checkpointing(self.progress, self.schedule,
@@ -146,15 +164,17 @@ class Trainer:
             raise ConfigError(f"--resume {source}: no such checkpoint; give 'latest' or a checkpoint-N folder of a run")
         self.accelerator.load_state(str(path))
         self._forget_log()
-        _log.info("resumed %s at step %d", path, self.progress.step)
+        _log.warning("resumed %s at step %d", path, self.progress.step)
 
     def _forget_log(self) -> None:
         """Drop log lines of steps that a kill after the checkpoint has undone."""
         path = self.folder / "log.jsonl"
         if path.exists() and self.accelerator.is_main_process:
             lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-            path.write_text("".join(line for line in lines if json.loads(line)["step"] <= self.progress.step),
-                            encoding="utf-8")
+            kept = "".join(line for line in lines if json.loads(line)["step"] <= self.progress.step)
+            temporary = path.with_suffix(".writing")
+            temporary.write_text(kept, encoding="utf-8")
+            os.replace(temporary, path)
 
     def export(self) -> Path:
         """Write the averaged weights (or the plain ones without an average) to the run's `export` folder."""
@@ -177,8 +197,7 @@ class Trainer:
 
     def train_step(self) -> dict[str, float]:
         """One optimiser step; returns figures to log."""
-        step = self.progress.step
-        batch = self.objective.batch(step, self.accelerator.process_index, self.accelerator.num_processes)
+        batch = self.batches.get(self.progress.step)
         loss, figures = self.step_network(*(tensor.to(self.accelerator.device) for tensor in batch))
         self.accelerator.backward(loss)
         norm = self.accelerator.clip_grad_norm_(self.network.parameters(), self.config.optim.clip_norm)
@@ -214,7 +233,8 @@ class Trainer:
                 images = self.config.data.batch_size * self.accelerator.num_processes / (now - began)
                 self.log({**figures, "images_per_second": images, "lr": self.schedule.get_last_lr()[0]})
                 bar.set_postfix({**{k: f"{v:.4g}" for k, v in figures.items()}, "img/s": f"{images:.3g}"})
-            if now - saved > config.save_minutes * 60:
+            due = config.save_steps and self.progress.step % config.save_steps == 0
+            if due or now - saved > config.save_minutes * 60:
                 self.save()
                 saved = time.monotonic()
             if main and now - sampled > config.sample_minutes * 60:

@@ -28,6 +28,7 @@ class LoopConfig:
 
     max_minutes: float = 0.0        # stop (and save) after this long in this session; 0 = no limit
     save_minutes: float = 4.0       # between checkpoints
+    save_steps: int = 0             # a checkpoint every so many steps as well; 0 = by time alone
     sample_minutes: float = 8.0     # between sample grids
     log_steps: int = 10
     keep: int = 2                   # checkpoints kept

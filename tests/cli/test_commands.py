@@ -81,7 +81,8 @@ def test_control_checks_the_type_before_the_photo(tmp_path: Path) -> None:
 
 def test_control_list() -> None:
     lines = arimg("control", "--list").stdout.splitlines()
-    assert [line.split()[0] for line in lines] == ["canny", "depth", "hed", "lineart", "map", "seg"]
+    names = [line.split()[0] for line in lines]
+    assert names == ["canny", "color", "depth", "hed", "lineart", "map", "seg", "softedge"]
     assert all(line.split()[1] in ("ready", "missing") for line in lines)
     assert lines[0].split()[1] == "ready"
 

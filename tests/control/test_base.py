@@ -35,8 +35,8 @@ def test_every_registered_extractor_keeps_the_protocol():
 def test_statuses_name_what_is_missing(monkeypatch, tmp_path):
     monkeypatch.setenv("ARIMG_HOME", str(tmp_path))
     table = {name: status for name, _, status in base.statuses()}
-    assert {"canny", "depth", "hed", "lineart", "map", "seg"} <= set(table)
-    assert table["canny"].ready and table["lineart"].ready and table["map"].ready
+    assert {"canny", "color", "depth", "hed", "lineart", "map", "seg", "softedge"} <= set(table)
+    assert all(table[name].ready for name in ("canny", "color", "lineart", "map", "softedge"))
     assert not table["hed"].ready and str(tmp_path) in table["hed"].detail and "pip install" in table["hed"].detail
     assert all("\n" not in status.detail for status in table.values())
 
@@ -116,12 +116,12 @@ def test_defect_19_polarity_and_resize_rule_belong_to_the_type(photo):
     """ControlAR: polarity of lineart and the resampling of seg differed between scripts."""
     drawing = Image.new("RGB", (64, 64), "white")
     drawing.paste("black", (30, 8, 34, 56))
-    for name in ("canny", "lineart"):
+    for name in ("canny", "softedge", "lineart"):
         edges = np.array(base.build(name)(drawing))
         assert edges.max() > 100 and edges.mean() < 64, "white lines on black"
         assert base.get_type(name).background == (0, 0, 0)
     expected = {"canny": "nearest", "seg": "nearest", "hed": "bicubic", "lineart": "bicubic", "depth": "bicubic",
-                "map": "bicubic"}
+                "map": "bicubic", "softedge": "bicubic", "color": "nearest"}
     assert {name: base.get_type(name).resample for name in expected} == expected
 
 

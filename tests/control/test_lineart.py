@@ -10,7 +10,16 @@ from safetensors.torch import save_file
 
 from arimg.control import base
 from arimg.control.lineart_network import LineGenerator
-from arimg.errors import CheckpointError, InputError
+from arimg.errors import CheckpointError, InputError, UnknownNameError
+
+
+@pytest.fixture(autouse=True)
+def annotators(monkeypatch, tmp_path):
+    """An empty folder of weights, whatever this machine has installed."""
+    monkeypatch.setenv("ARIMG_HOME", str(tmp_path / "home"))
+    folder = tmp_path / "home" / "annotators"
+    folder.mkdir(parents=True)
+    return folder
 
 
 @pytest.fixture
@@ -57,6 +66,41 @@ def test_broader_sigma_gives_broader_strokes():
     image.paste("black", (40, 0, 80, 80))
     thin, broad = ((np.array(base.build("lineart", sigma=sigma)(image)) > 20).sum() for sigma in (1, 4))
     assert thin < broad
+
+
+def test_strokes_are_thin_at_any_contrast():
+    image = Image.new("RGB", (60, 40), "white")
+    image.paste("black", (10, 10, 50, 20))
+    image.paste((220, 220, 220), (10, 25, 50, 35))
+    column = np.array(base.build("lineart")(image))[:, 30, 0] > 60
+    widths = [int(column[top:top + 6].sum()) for top in (8, 23)]
+    assert all(1 <= width <= 3 for width in widths), widths
+
+
+def test_without_weights_auto_is_classical_and_says_so_once(drawing, caplog):
+    auto = base.build("lineart")
+    assert auto(drawing).tobytes() == base.build("lineart", method="classical")(drawing).tobytes()
+    notices = [record for record in caplog.records if record.name == "arimg"]
+    assert len(notices) == 1 and "no weights at" in notices[0].getMessage() and "sk_model.pth" in caplog.text
+    status = base.build("lineart").status()
+    assert status.ready and "classical" in status.detail and "learned generator" in status.detail
+
+
+def test_installed_weights_give_the_network(generator, drawing, annotators, caplog):
+    torch.save(generator.state_dict(), annotators / "sk_model.pth")
+    learned = base.build("lineart", weights=annotators / "sk_model.pth")(drawing).tobytes()
+    assert all(base.build("lineart", method=method)(drawing).tobytes() == learned for method in ("auto", "network"))
+    assert base.build("lineart", method="classical")(drawing).tobytes() != learned
+    assert not caplog.records and "weights" in base.build("lineart").status().detail
+
+
+def test_methods_that_cannot_be(annotators):
+    with pytest.raises(UnknownNameError, match="unknown lineart method 'clasical'; did you mean classical"):
+        base.build("lineart", method="clasical")
+    with pytest.raises(CheckpointError, match="method=network needs weights.*sk_model.pth.*does not exist"):
+        base.build("lineart", method="network")
+    with pytest.raises(InputError, match="weights=x.pth with method=classical"):
+        base.build("lineart", method="classical", weights="x.pth")
 
 
 @pytest.mark.parametrize("options, message", [

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from arimg.errors import ConfigError
 from arimg.tokenizers.vq import VQConfig, VQTokenizer
 from arimg.train.codes import CodeCache, tokenizer_hash
 from arimg.train.data import to_images
@@ -23,6 +24,31 @@ def test_codes_are_those_of_the_tokenizer_in_the_order_asked_for(tmp_path, token
     expected_BL = tokenizer.encode(to_images(IMAGES)).codes_BL
     assert torch.equal(cache.get(np.array([3, 0, 3])), expected_BL[[3, 0, 3]])
     assert cache.grid == (4, 4)
+
+
+def test_mirror_images_have_the_codes_of_the_mirror_image(tmp_path, tokenizer):
+    cache = CodeCache(tmp_path, IMAGES, tokenizer, "data")
+    mirrored = IMAGES[:, :, ::-1]
+    expected_BL = tokenizer.encode(to_images(mirrored)).codes_BL
+    np.testing.assert_array_equal(cache.pixels(np.array([7, 2])), [mirrored[2], IMAGES[2]])
+    assert torch.equal(cache.get(np.array([5, 9, 7])), expected_BL[[0, 4, 2]])
+    assert not torch.equal(expected_BL, cache.get(np.arange(5)))
+
+
+def test_the_file_holds_sixteen_bits_and_the_rest_is_unknown(tmp_path, tokenizer):
+    CodeCache(tmp_path, IMAGES, tokenizer, "data").get(np.array([1]))
+    (path,) = tmp_path.iterdir()
+    assert path.name == f"codes-data-{tokenizer_hash(tokenizer)}.u16.npy"
+    codes = np.load(path)
+    assert codes.dtype == np.uint16 and codes.shape == (10, 16)
+    assert (codes[1] < 16).all() and (np.delete(codes, 1, axis=0) == 65535).all()
+
+
+def test_a_codebook_too_large_for_sixteen_bits_is_one_line(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(VQTokenizer, "vocab_size", 65536)
+    with pytest.raises(ConfigError, match="tokenizer of 65536 codes.*smaller codebook") as caught:
+        CodeCache(tmp_path, IMAGES, tokenizer, "data")
+    assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
 
 
 def test_a_second_cache_reads_what_the_first_encoded(tmp_path, tokenizer, monkeypatch):

@@ -1,0 +1,221 @@
+"""The objectives `ar` and `control`: what a batch holds, what is learnt from it, what is refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from arimg.checkpoints import load_component, save_component
+from arimg.control.adapter import ControlConfig
+from arimg.errors import CheckpointError, ConfigError, UnknownNameError
+from arimg.models.ar import ARConfig
+from arimg.pipeline import Pipeline
+from arimg.tokenizers.vq import VQConfig, VQTokenizer
+from arimg.train.ar import ARObjective, ARRun
+from arimg.train.control import ControlObjective, ControlRun
+from arimg.train.loop import Batches, train
+from arimg.train.run import EmojiData, LoopConfig, OptimConfig
+from tests.train.toy_emoji import write_toy_emoji
+
+TYPES = ("canny", "softedge", "lineart", "color")
+COUNT = 12          # pictures of the toy set
+MODEL = ARConfig(vocab_size=16, dim=16, layers=2, heads=2, ffn_hidden=32, block_size=64, num_classes=2,
+                 rope_prefix="identity", rope_grid="true", inject_layers=(0, 1), codebook_dim=4, token_dropout=0.0,
+                 residual_dropout=0.0, ffn_dropout=0.0)
+ADAPTER = ControlConfig(embed_dim=8, depth=1, heads=2, ffn_hidden=16, patch=2, stride=2, dim=16, points=2, types=TYPES)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    root = tmp_path_factory.mktemp("home")
+    write_toy_emoji(root / "data" / "emoji-128")
+    torch.manual_seed(0)
+    tokenizer = VQTokenizer(VQConfig(codebook_size=16, codebook_dim=4, base_channels=32, multipliers=(1, 1),
+                                     res_blocks=1, z_channels=8))
+    save_component(tokenizer, root / "tokenizer")
+    return root
+
+
+@pytest.fixture(autouse=True)
+def arimg_home(home, monkeypatch):
+    monkeypatch.setenv("ARIMG_HOME", str(home))
+
+
+def common(home, name):
+    return {"name": name, "tokenizer": str(home / "tokenizer"), "data": EmojiData(batch_size=8), "model": MODEL,
+            "optim": OptimConfig(steps=2, warmup_steps=1), "train": LoopConfig(log_steps=1)}
+
+
+@pytest.fixture
+def ar_run(home, request):
+    return ARRun(objective="ar", **common(home, request.node.name))
+
+
+@pytest.fixture
+def control_run(home, request):
+    return ControlRun(objective="control", control=ADAPTER, **common(home, request.node.name))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Batches
+
+
+def test_a_batch_is_a_function_of_seed_step_and_rank(control_run):
+    objective, other = ControlObjective(control_run), ControlObjective(control_run)
+    again = other.batch(3, 0, 1)
+    assert all(torch.equal(a, b) for a, b in zip(objective.batch(3, 0, 1), again))
+    for step, rank in ((4, 0), (3, 1)):
+        assert not torch.equal(objective.batch(step, rank, 2)[3], again[3])
+
+
+def test_samples_carry_the_map_of_their_type_and_of_their_mirror_image(control_run):
+    """Colour maps of the toy pictures tell which half a square is in; codes, map and picture must agree."""
+    objective = ControlObjective(replace(control_run, control=replace(ADAPTER, types=("color",))))
+    indices = np.array([0, COUNT + 0, 4, COUNT + 4])
+    maps, type_ids, keep = objective.draw_control(indices, np.random.default_rng(0))
+    coloured = (maps < 0.9).any(dim=1)
+    expected = torch.from_numpy((objective.cache.pixels(indices) < 240).any(axis=3))
+    assert (coloured == expected).float().mean() > 0.9
+    assert (coloured[0].flip(1) == expected[1]).float().mean() > 0.9
+    assert type_ids.tolist() == [0] * 4 and keep.dtype == torch.bool
+
+
+def test_every_type_is_drawn_as_often_as_its_weight_says(control_run):
+    config = replace(control_run, type_weights={"canny": 3.0, "color": 2.0})
+    assert config.type_shares().tolist() == [3 / 7, 1 / 7, 1 / 7, 2 / 7]
+    objective = ControlObjective(config)
+    drawn = torch.cat([objective.batch(step, 0, 1)[4] for step in range(25)])
+    shares = torch.bincount(drawn, minlength=4) / len(drawn)
+    assert torch.allclose(shares, torch.tensor(config.type_shares()).float(), atol=0.12)
+
+
+def test_lines_are_dark_grounded_and_colours_are_not(control_run):
+    objective = ControlObjective(control_run)
+    maps, type_ids, keep = objective.held_out_control(objective.held_out[:3].repeat(2))
+    assert type_ids.tolist() == [0, 1, 2, 3, 0, 1] and keep.all()
+    assert [float(map_.median()) for map_ in maps] == [-1, -1, -1, 1, -1, -1]
+    assert torch.equal(maps, objective.held_out_control(objective.held_out[:3].repeat(2))[0]), "the same every time"
+
+
+@pytest.mark.parametrize("flip, expected", [(True, {False, True}), (False, {False})])
+def test_half_of_the_samples_are_flipped_if_asked_for(ar_run, flip, expected):
+    objective = ARObjective(replace(ar_run, flip=flip))
+    seen = []
+    get = objective.cache.get
+    objective.cache.get = lambda indices: seen.extend(indices) or get(indices)
+    for step in range(4):
+        codes, class_ids, drop = objective.batch(step, 0, 1)
+    assert {bool(index >= COUNT) for index in seen} == expected
+    assert not objective.emoji.held_out[np.array(seen) % COUNT].any()
+    assert torch.equal(class_ids, torch.from_numpy(objective.emoji.labels[np.array(seen[-8:]) % COUNT]))
+    assert codes.shape == (8, 64) and drop.dtype == torch.bool
+
+
+def test_batches_are_made_ahead_and_are_the_same():
+    made = []
+    batches = Batches(lambda step: made.append(step) or (torch.tensor(step),))
+    assert [int(batches.get(step)[0]) for step in (0, 1, 2, 7, 8)] == [0, 1, 2, 7, 8]
+    batches.pool.shutdown()
+    assert made == [0, 1, 2, 3, 7, 8, 9], "each once, even those never used"
+
+
+def test_what_a_batch_raises_reaches_the_loop():
+    batches = Batches(lambda step: (torch.zeros(1),) if step < 1 else 1 / 0)
+    batches.get(0)
+    with pytest.raises(ZeroDivisionError):
+        batches.get(1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Learning
+
+
+def test_the_type_and_the_map_reach_the_loss(control_run):
+    objective = ControlObjective(control_run)
+    network = objective.network.eval()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    codes, classes, drop, maps, types, keep = objective.batch(0, 0, 1)
+    keep = torch.ones_like(keep)
+    with torch.no_grad():
+        loss = float(network(codes, classes, drop, maps, types, keep)[0])
+        assert float(network(codes, classes, drop, maps, (types + 1) % 4, keep)[0]) != loss
+        assert float(network(codes, classes, drop, -maps, types, keep)[0]) != loss
+        dropped = [float(network(codes, classes, drop, m, types, ~keep)[0]) for m in (maps, -maps)]
+    assert dropped[0] == dropped[1] != loss, "a dropped control adds nothing"
+
+
+@pytest.mark.parametrize("objective, config", [(ARObjective, "ar_run"), (ControlObjective, "control_run")])
+def test_the_loss_falls(objective, config, request):
+    config = replace(request.getfixturevalue(config), optim=OptimConfig(steps=30, lr=1e-2, warmup_steps=1))
+    held = objective(config)
+    before = held.validation_loss(held.network)
+    train(config, held)
+    assert held.validation_loss(held.network) < before - 0.2
+
+
+def test_the_ar_export_is_a_pipeline_without_control(ar_run):
+    folder = train(ar_run, ARObjective(ar_run))
+    pipeline = Pipeline.from_pretrained(folder)
+    assert pipeline(class_name="toy/odd", seeds=[1]).images[0].size == (16, 16)
+    assert not (folder / "control").exists() and pipeline.settings.control_types == ()
+
+
+def test_the_control_export_takes_every_type(control_run):
+    folder = train(control_run, ControlObjective(control_run))
+    pipeline = Pipeline.from_pretrained(folder)
+    assert pipeline.settings.control_types == TYPES
+    picture = torch.from_numpy(ControlObjective(control_run).emoji.images[0].copy())
+    for name in TYPES:
+        assert pipeline(control=picture.numpy(), control_type=name, seeds=[1]).images[0].size == (16, 16)
+
+
+def test_a_control_run_starts_from_an_ar_run(ar_run, control_run):
+    folder = train(ar_run, ARObjective(ar_run))
+    network = ControlObjective(replace(control_run, init_from=str(folder))).network
+    trained = load_component(folder / "transformer").state_dict()
+    assert all(torch.equal(tensor, trained[key]) for key, tensor in network.transformer.state_dict().items())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Refusals
+
+
+@pytest.mark.parametrize("types, message", [
+    (("canny", "softege"), "unknown control type 'softege'; did you mean softedge"),
+    (("hed",), "unknown control type with training maps 'hed'; known: canny, color, lineart, softedge"),
+])
+def test_types_that_cannot_be_trained(control_run, types, message):
+    with pytest.raises(UnknownNameError) as caught:
+        replace(control_run, control=replace(ADAPTER, types=types))
+    assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("weights, error, message", [
+    ({"cany": 1.0}, UnknownNameError, "type in type_weights 'cany'; did you mean canny"),
+    ({"canny": 0.0}, ConfigError, "type_weights.canny=0.0: must be positive.*control.types"),
+    ({"canny": float("nan")}, ConfigError, "type_weights.canny=nan"),
+    ({"canny": float("inf")}, ConfigError, "type_weights.canny=inf"),
+])
+def test_weights_that_mean_nothing(control_run, weights, error, message):
+    with pytest.raises(error, match=message):
+        replace(control_run, type_weights=weights)
+
+
+def test_parts_that_do_not_fit(ar_run, control_run, tmp_path):
+    with pytest.raises(ConfigError, match="control.dim=8: feeds a model of dim 16"):
+        replace(control_run, control=replace(ADAPTER, dim=8))
+    with pytest.raises(ConfigError, match="control.points=3: model.inject_layers has 2"):
+        replace(control_run, control=replace(ADAPTER, points=3))
+    with pytest.raises(ConfigError, match="vocab_size=32: the tokenizer .* has 16 codes; write vocab_size: 16"):
+        ARObjective(replace(ar_run, model=replace(MODEL, vocab_size=32)))
+    with pytest.raises(ConfigError, match="num_classes=3: the data set .* has 2; write num_classes: 2"):
+        ARObjective(replace(ar_run, model=replace(MODEL, num_classes=3)))
+    with pytest.raises(ConfigError, match="model.conditioning=text"):
+        replace(ar_run, model=replace(MODEL, conditioning="text"))
+    with pytest.raises(CheckpointError, match="transformer"):
+        ControlObjective(replace(control_run, init_from=str(tmp_path)))
