@@ -56,6 +56,9 @@ class CallOptions:
     prompt_embeds: torch.Tensor | None = None               # (P, C) or (B, P, C), left-padded
     prompt_attention_mask: torch.Tensor | None = None       # (P,) or (B, P); None = all real
     decoder: str | Decoder = "ar"                           # the model's own
+    window: int | str | None = None                         # positions per pass, or "auto"; None = the decoder's own
+    lossy: bool = False                                     # allow decoders that do not keep the model's law
+    audit: bool = False                                     # score the codes against plain decoding (one pass more)
     steps: int | None = None                                # for decoders with a number of steps
     cfg: float = 1.0                                        # the model's own
     cfg_interval: tuple[int, int | None] = (0, None)        # token positions [first, stop) that are guided

@@ -22,6 +22,8 @@ COMMANDS = {
     "sample": "Paint pictures along control images.",
     "control": "Make a control image from a photo.",
     "train": "Train a network from a YAML file.",
+    "eval": "Measure tokenizers, obedience to controls, and sets of pictures.",
+    "bench": "Measure speed: training steps and decoders.",
     "convert": "Original checkpoint files into a pipeline folder.",
     "data": "Build data sets.",
     "models": "What is installed, with sources and licences.",

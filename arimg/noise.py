@@ -29,6 +29,7 @@ class Purpose(IntEnum):
     FLOW = 5        # starting noise of flows and one-step students
     ORDER = 6       # generation orders
     TEXT = 7        # null captions made from a seed
+    AUDIT = 8       # randomised ranks of an audit
 
 
 def _mulhilo(multiplier: int, word: Tensor) -> tuple[Tensor, Tensor]:
@@ -72,6 +73,16 @@ class CounterNoise:
         """(B, W, count) standard Gumbel, float32: -log(E) with E = -log(1 - u), exact to 32 bits in the upper tail."""
         uniform = self.uniform(seeds_B, positions_BW, count, purpose, draw).clamp_max(1 - 2.0 ** -24)
         return -torch.log(-torch.log1p(-uniform))
+
+    def categorical(self, p_BWV: Tensor, seeds_B: Tensor, positions_BW: Tensor, purpose: Purpose = Purpose.SAMPLE,
+                    draw: int = 0) -> Tensor:
+        """codes_BW drawn from the laws p_BWV: argmax(log p + Gumbel), so equal keys share their noise across laws."""
+        return (p_BWV.log() + self.gumbel(seeds_B, positions_BW, p_BWV.shape[-1], purpose, draw)).argmax(-1)
+
+    def bernoulli(self, p_BW: Tensor, seeds_B: Tensor, positions_BW: Tensor, purpose: Purpose = Purpose.ACCEPT,
+                  draw: int = 0) -> Tensor:
+        """Bool (B, W), True with probability min(1, p)."""
+        return self.uniform(seeds_B, positions_BW, 1, purpose, draw)[..., 0] <= p_BW
 
     def normal(self, seeds_B: Tensor, positions_BW: Tensor, count: int, purpose: Purpose, draw: int = 0) -> Tensor:
         """(B, W, count) standard normal, float32, by Box and Muller."""

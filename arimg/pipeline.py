@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from arimg import images
-from arimg.accel.base import DecodeRequest, DecodeStats, Guidance, OnStep, Sampling, StepInfo
+from arimg.accel.audit import audit
+from arimg.accel.base import DecodeRequest, DecodeStats, Guidance, OnStep, Sampling, StepInfo, find_decoder
 from arimg.accel.target import Target
 from arimg.call import CallOptions, call_options, checked_size, image_seeds
 from arimg.checkpoints import PipelineSettings, find_model, load_component, read_index, save_pipeline
@@ -20,7 +21,6 @@ from arimg.control.fusion import combine
 from arimg.devices import find_device, find_dtype, synchronize
 from arimg.errors import CheckpointError, InputError
 from arimg.models.text import TextEncoder
-from arimg.registry import DECODERS
 
 
 class PipelineOutput(NamedTuple):
@@ -126,7 +126,7 @@ class Pipeline:
         MissingExtraError, each with one line that says what to give instead.
         """
         call = call_options({"control": control, **options}, self.settings)
-        decoder = DECODERS.load(call.decoder)() if isinstance(call.decoder, str) else call.decoder
+        decoder = find_decoder(call.decoder, call.window, call.lossy)
         clock = _Clock(self.device)
         request, maps = self._request(call)
         clock.lap("control")
@@ -138,8 +138,13 @@ class Pipeline:
         if call.output_type != "latent":
             pictures = _pictures(self.tokenizer.decode_codes(result.codes_BL, request.grid), call.output_type)
         clock.lap("pixels")
-        output = PipelineOutput(pictures, result.codes_BL, latents_BChw, replace(result.stats, seconds=clock.seconds),
-                                tuple(one.maps_R3HW for one in maps), tuple(request.seeds_B.tolist()))
+        extra = {**result.stats.extra, "guarantee": decoder.guarantee}
+        if call.audit:
+            extra["audit"] = audit(self.transformer, request, result.codes_BL)
+            clock.lap("audit")
+        stats = replace(result.stats, seconds=clock.seconds, extra=extra)
+        output = PipelineOutput(pictures, result.codes_BL, latents_BChw, stats, tuple(one.maps_R3HW for one in maps),
+                                tuple(request.seeds_B.tolist()))
         return output if call.return_dict else (output.images,)
 
     def _request(self, call: CallOptions) -> tuple[DecodeRequest, list[ControlMap]]:

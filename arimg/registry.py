@@ -55,15 +55,25 @@ CONTROL_MODULES = Registry("control module", "arimg.control_modules", {
 CONTROLS = Registry("control type", "arimg.controls", {
     "canny": "arimg.control.canny:Canny",
     "hed": "arimg.control.hed:SoftEdge",
+    "softedge": "arimg.control.softedge:SoftEdges",
     "lineart": "arimg.control.lineart:Lineart",
+    "color": "arimg.control.color:ColorRegions",
     "depth": "arimg.control.depth:Depth",
     "seg": "arimg.control.seg:Segmentation",
     "map": "arimg.control.base:AsIs",
 })
 DECODERS = Registry("decoder", "arimg.decoders", {
     "ar": "arimg.accel.ar:PlainAR",
+    "jacobi": "arimg.accel.jacobi:Jacobi",
+    "sjd": "arimg.accel.jacobi:Sjd",
+    "scd": "arimg.accel.jacobi:Scd",
+    "scd-gumbel": "arimg.accel.jacobi:ScdGumbel",
+    "scd-siblings": "arimg.accel.siblings:ScdSiblings",
+    "gsd": "arimg.accel.jacobi:Gsd",
+    "zipar": "arimg.accel.rows:ZipAR",
 })
 OBJECTIVES = Registry("objective", "arimg.objectives", {
     "tokenizer": "arimg.train.tokenizer:TokenizerObjective",
+    "ar": "arimg.train.ar:ARObjective",
     "control": "arimg.train.control:ControlObjective",
 })

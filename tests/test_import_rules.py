@@ -23,11 +23,11 @@ FILES = sorted((ROOT / "arimg").rglob("*.py"))
 # A module may import those of lower rank, and those of its own group. Groups of one rank do not import one another.
 LAYERS: tuple[tuple[frozenset[str], ...], ...] = (
     (frozenset({"errors", "registry", "config", "presets", "home"}),),
-    (frozenset({"noise", "images", "devices", "weights"}),),
+    (frozenset({"noise", "images", "devices", "weights", "data"}),),
     (frozenset({"features"}),),
     (frozenset({"models"}), frozenset({"tokenizers"}), frozenset({"control"})),
     (frozenset({"checkpoints", "interop"}), frozenset({"accel"}), frozenset({"backends"})),
-    (frozenset({"pipeline", "hub", "call", "conditions"}),),
+    (frozenset({"pipeline", "hub", "call", "conditions", "trace"}),),
     (frozenset({"evals"}),),
     (frozenset({"train"}),),
     (frozenset({"bench"}),),

@@ -159,7 +159,8 @@ def test_commands_and_options_on_pages_exist(page: Path) -> None:
     from arimg.cli import main
 
     for words in commands(page):
-        done = CliRunner().invoke(main, [words[1], "--help"])
+        named = [word for word in words[2:3] if not word.startswith("-")]       # a sub-command
+        done = CliRunner().invoke(main, [words[1], *named, "--help"])
         assert done.exit_code == 0, f"{page.name}: {' '.join(words)}: {done.output}"
         for word in words[2:]:
             option = word.split("=")[0]

@@ -32,5 +32,6 @@ class PlainAR:
             codes_BL[:, here] = codes_B1
             if on_step is not None:
                 on_step(StepInfo(target.forward_passes, (position + 1) * batch, batch * length, codes_BL))
-        stats = DecodeStats(target.forward_passes, accepted_per_pass=(1.0,) * length)
+        stats = DecodeStats(target.forward_passes, accepted_per_pass=(1.0,) * length,
+                            extra={"fixed_at": [list(range(1, length + 1))] * batch})
         return DecodeResult(stats, codes_BL=codes_BL)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from torch import Tensor
 from arimg.errors import InputError
 from arimg.models.base import Condition
 from arimg.noise import CounterNoise
+from arimg.registry import DECODERS
 
 if TYPE_CHECKING:
     from arimg.accel.target import Target
@@ -117,3 +119,31 @@ class Decoder(Protocol):
 
     def decode(self, target: "Target", request: DecodeRequest, on_step: OnStep | None = None) -> DecodeResult:
         """Decode one batch."""
+
+
+def find_decoder(decoder: str | Decoder, window: int | str | None = None, lossy: bool = False) -> Decoder:
+    """The decoder of this name with this window (None = its own), or `decoder` itself.
+
+    Raises UnknownNameError, and InputError on a window that the decoder does not take, and on a decoder that changes
+    the model's law unless `lossy` allows it.
+    """
+    name = decoder if isinstance(decoder, str) else type(decoder).__name__
+    if isinstance(decoder, str):
+        decoder = _named(decoder, window)
+    elif window is not None:
+        raise InputError(f"window {window} beside a decoder object: give the window to the object itself")
+    if decoder.guarantee == "none" and not lossy:
+        raise InputError(f"the decoder {name} does not keep the model's law: add --lossy (lossy=True) to "
+                         "accept that, or use jacobi, which paints the very picture of plain decoding")
+    return decoder
+
+
+def _named(name: str, window: int | str | None) -> Decoder:
+    factory = DECODERS.load(name)
+    if window is None:
+        built: Decoder = factory()
+    elif "window" not in inspect.signature(factory).parameters:
+        raise InputError(f"--window {window}: the decoder {name} has no window; leave it out, or use jacobi")
+    else:
+        built = factory(window=window)
+    return built

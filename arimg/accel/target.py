@@ -84,31 +84,36 @@ class Target:
         inject = request.inject_KBLD if FULL in self._scales else None
         self._inject_KBND = None if inject is None else F.pad(inject, (0, 0, 0, 1))     # N = L+1, the last row is zero
         self._cache: Any = None
+        self._leaves = 0
 
-    def start(self) -> Tensor:
-        """Read the prefix. p_B1V: the law of token 0."""
-        return filter_probs(self.start_logits(), self.request.sampling)
+    def start(self, leaves: int = 0) -> Tensor:
+        """Read the prefix. p_B1V: the law of token 0. `leaves`: how many leaves of a tree the passes may read."""
+        return filter_probs(self.start_logits(leaves), self.request.sampling)
 
-    def step(self, codes_BW: Tensor, positions_BW: Tensor, reached: int = 0) -> Tensor:
+    def step(self, codes_BW: Tensor, positions_BW: Tensor, reached: int = 0, stop: int | None = None,
+             leaves: int = 0) -> Tensor:
         """Read int64 codes at positions. p_BWV: laws of the tokens at positions_BW + 1.
 
-        `reached`, known on the host, promises that no position from here on is lower: once guidance has stopped for all
-        of them, the other branches are no longer computed.
+        Known on the host: `reached` promises that no position from here on is lower: once guidance has stopped for all
+        of them, the other branches are no longer computed. `stop` promises that no position of this pass is that high
+        and lets the cache read less (None = positions were read without gaps so far). The last `leaves` entries of the
+        pass are leaves of a tree: other codes for their positions, seen by nothing, forgotten after the pass.
         """
-        return filter_probs(self.step_logits(codes_BW, positions_BW, reached), self.request.sampling)
+        return filter_probs(self.step_logits(codes_BW, positions_BW, reached, stop, leaves), self.request.sampling)
 
     def draw(self, p_BWV: Tensor, positions_BW: Tensor) -> Tensor:
         """codes_BW = argmax(log p + Gumbel noise of each image's seed at the positions of the drawn tokens)."""
-        gumbel_BWV = self.request.noise.gumbel(self.request.seeds_B, positions_BW, p_BWV.shape[-1])
-        return (p_BWV.log() + gumbel_BWV).argmax(-1)
+        return self.request.noise.categorical(p_BWV, self.request.seeds_B, positions_BW)
 
-    def start_logits(self) -> Tensor:
+    def start_logits(self, leaves: int = 0) -> Tensor:
         """As `start`, the guided logits before temperature and filters."""
         branches, length = len(self._scales), self._backbone.prefix_length
         x_RPD = self._backbone.prefix(self._condition)
         slots_RP = torch.arange(length, device=x_RPD.device).expand(x_RPD.shape[0], -1)
+        self._leaves = leaves
         self._cache = self._backbone.new_cache(x_RPD.shape[0], length + self.request.length, self.request.grid,
-                                               self._condition.caption_mask_BP)
+                                               self._condition.caption_mask_BP,
+                                               **({"scratch": leaves} if leaves else {}))
         self.forward_passes = 1
         tokens_B1 = slots_RP.new_zeros(x_RPD.shape[0] // branches, 1)
         inject = self._inject(tokens_B1, branches)
@@ -117,15 +122,23 @@ class Target:
         h_RPD = self._backbone.step(x_RPD, slots_RP, self._cache, inject)
         return self._guided(h_RPD[:, -1:], tokens_B1, self._scales)
 
-    def step_logits(self, codes_BW: Tensor, positions_BW: Tensor, reached: int = 0) -> Tensor:
+    def step_logits(self, codes_BW: Tensor, positions_BW: Tensor, reached: int = 0, stop: int | None = None,
+                    leaves: int = 0) -> Tensor:
         """As `step`, the guided logits before temperature and filters."""
-        stop = self.request.guidance.interval[1]
-        scales = self._scales if stop is None or reached + 1 < stop else {FULL: self._scales[FULL]}
+        assert leaves <= self._leaves, (leaves, self._leaves)
+        guided_stop, prefix = self.request.guidance.interval[1], self._backbone.prefix_length
+        scales = self._scales if guided_stop is None or reached + 1 < guided_stop else {FULL: self._scales[FULL]}
         positions_BW = positions_BW.clamp(max=self.request.length - 1)
-        slots_RW = (self._backbone.prefix_length + positions_BW).repeat(len(scales), 1)
-        x_RWD = self._backbone.embed(codes_BW.repeat(len(scales), 1), slots_RW)
+        at_RW = slots_RW = (prefix + positions_BW).repeat(len(scales), 1)
+        if leaves:
+            scratch_W = torch.arange(leaves, device=at_RW.device) + prefix + self.request.length
+            slots_RW = torch.cat([at_RW[:, :-leaves], scratch_W.expand(at_RW.shape[0], -1)], dim=1)
+        if stop is not None:
+            self._cache.limit(min(prefix + stop, prefix + self.request.length))
+        x_RWD = self._backbone.embed(codes_BW.repeat(len(scales), 1), at_RW)
         self.forward_passes += 1
-        h_RWD = self._backbone.step(x_RWD, slots_RW, self._cache, self._inject(positions_BW + 1, len(scales)))
+        h_RWD = self._backbone.step(x_RWD, slots_RW, self._cache, self._inject(positions_BW + 1, len(scales)),
+                                    **({"at_RW": at_RW} if leaves else {}))
         return self._guided(h_RWD, positions_BW + 1, scales)
 
     def _inject(self, tokens_BW: Tensor, branches: int) -> Tensor | None:

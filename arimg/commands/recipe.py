@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _CONTROLS = "arimg.recipe.controls"         # key in ctx.meta: (source, picture) of each control
 # Never taken from a recipe, which may be a stranger's: what is read and written here, and where it runs.
-_CALLERS = ("control", "control_from", "output", "format_name", "json_path", "device")
+_CALLERS = ("control", "control_from", "output", "format_name", "json_path", "trace_path", "device")
 
 
 def record(options: dict[str, Any], sources: Sequence[str | None], maps: Sequence[Tensor]) -> dict[str, Any]:
@@ -28,7 +28,7 @@ def record(options: dict[str, Any], sources: Sequence[str | None], maps: Sequenc
     from arimg.images import to_pil
 
     typed = {name: _as_typed(name, value) for name, value in sorted(options.items())
-             if name not in _CALLERS and value not in (None, ())}
+             if name not in _CALLERS and value not in (None, (), False)}
     pngs = [_png(to_pil(one_R3HW[0])) for one_R3HW in maps]
     controls = [{"source": source, "sha256": hashlib.sha256(png).hexdigest(), "png": base64.b64encode(png).decode()}
                 for source, png in zip(sources, pngs, strict=True)]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from arimg.commands import recipe
-from arimg.commands.types import INTERVAL, SIZE
+from arimg.commands.types import INTERVAL, SIZE, WINDOW
 
 if TYPE_CHECKING:
     from arimg.accel.base import StepInfo
@@ -38,6 +38,9 @@ _MODEL_DEFAULTS = ("decoder", "cfg", "control_cfg", "temperature", "top_k", "top
 @click.option("--class", "class_name", metavar="NAME|ID", help="What to paint; none = whatever fits the control.")
 @click.option("--prompt", metavar="TEXT", help="What to paint, for models that read captions.")
 @click.option("--decoder", metavar="NAME", help="How tokens are decoded [default: the model's].")
+@click.option("--window", type=WINDOW, metavar="W|auto", help="Positions that a pass of the decoder judges [default: the "
+              "decoder's].")
+@click.option("--lossy", is_flag=True, help="Allow decoders that do not keep the model's law (gsd, zipar).")
 @click.option("--cfg", type=float, metavar="X", help="Guidance scale; 1 is none [default: the model's].")
 @click.option("--cfg-interval", type=INTERVAL, default="0:", metavar="A:B", help="Token positions A to B-1 are guided; "
               "no B = to the end [default: all].")
@@ -53,11 +56,15 @@ _MODEL_DEFAULTS = ("decoder", "cfg", "control_cfg", "temperature", "top_k", "top
 @click.option("-o", "--output", default="out.png", show_default=True, metavar="FILE")
 @click.option("--format", "format_name", metavar="png|webp|jpeg", help="[default: by the suffix of --output].")
 @click.option("--json", "json_path", metavar="FILE", help="Write seeds, passes, seconds and options there.")
+@click.option("--audit", is_flag=True, help="Score the tokens against plain decoding, and say whether they follow its "
+              "law.")
+@click.option("--trace", "trace_path", metavar="FILE", help="Write the pass at which each token was fixed, over the "
+              "picture.")
 @click.option("--from", "repeated", is_eager=True, callback=recipe.as_defaults, expose_value=False, metavar="FILE",
               help="Repeat a picture that arimg wrote; options given beside it win.")
 @click.pass_context
-def command(ctx: click.Context, output: str, format_name: str | None, json_path: str | None, model: str, device: str,
-            dtype: str, **options: Any) -> None:
+def command(ctx: click.Context, output: str, format_name: str | None, json_path: str | None, trace_path: str | None,
+            model: str, device: str, dtype: str, **options: Any) -> None:
     """Paint pictures along control images.
 
     Prints the names of the files it wrote. Each picture carries the command that made it and its control images: --from
@@ -70,8 +77,11 @@ def command(ctx: click.Context, output: str, format_name: str | None, json_path:
     names = _file_names(output, options["n"])
     for name in names:
         images.check_output(name, format_name)
-    if json_path is not None:
-        _check_json(json_path, names)
+    if trace_path is not None:
+        images.check_output(trace_path)
+    for option, path in (("--json", json_path), ("--trace", trace_path)):
+        if path is not None:
+            _check_side_file(option, path, names)
     from arimg.pipeline import Pipeline
 
     pipe = Pipeline.from_pretrained(model, device, dtype)
@@ -83,6 +93,11 @@ def command(ctx: click.Context, output: str, format_name: str | None, json_path:
     for name, picture, seeds in _pictures(names, out):
         images.save_image(picture, name, recipe.with_seeds(record, seeds), format_name)
         click.echo(name)
+    if trace_path is not None:
+        images.save_image(_trace(pipe, out), trace_path)
+        click.echo(trace_path)
+    if options["audit"]:
+        click.echo(out.stats.extra["audit"], err=True)
     if json_path is not None:
         recipe.write_json(json_path, _statistics(record, out, names))
 
@@ -93,15 +108,21 @@ def _file_names(output: str, n: int) -> list[str]:
     return [output] + [str(path.with_name(f"{path.stem}-{k}{path.suffix}")) for k in range(n if n > 1 else 0)]
 
 
-def _check_json(path: str, names: list[str]) -> None:
-    """Raises InputError when the statistics cannot be written, or would replace a picture."""
+def _check_side_file(option: str, path: str, names: list[str]) -> None:
+    """Raises InputError when the file cannot be written, or would replace a picture."""
     from arimg import images
     from arimg.errors import InputError
 
     images.check_target(path)
     if Path(path) in map(Path, names):
-        raise InputError(f"--json {path}: a picture goes there; name another file, for example "
-                         f"{Path(path).with_suffix('.json')}")
+        other = Path(path).with_suffix(".json") if option == "--json" else Path(path).with_stem("trace")
+        raise InputError(f"{option} {path}: a picture goes there; name another file, for example {other}")
+
+
+def _trace(pipe: Pipeline, out: PipelineOutput) -> Any:
+    from arimg.trace import draw_trace
+
+    return draw_trace(out.images, out.stats.extra["fixed_at"], tuple(out.latents.shape[2:]))
 
 
 def _paint(pipe: Pipeline, options: dict[str, Any]) -> PipelineOutput:
@@ -121,8 +142,11 @@ def _pictures(names: list[str], out: PipelineOutput) -> list[tuple[str, Any, tup
 
 
 def _statistics(record: dict[str, Any], out: PipelineOutput, names: list[str]) -> dict[str, Any]:
+    audit = out.stats.extra.get("audit")
     return {"images": names, "seeds": list(out.seeds), "codes_shape": list(out.codes.shape),
-            "forward_passes": out.stats.forward_passes, "seconds": out.stats.seconds, "options": record["options"]}
+            "forward_passes": out.stats.forward_passes, "accepted_per_pass": list(out.stats.accepted_per_pass),
+            "guarantee": out.stats.extra["guarantee"], "audit": audit and audit.record(), "seconds": out.stats.seconds,
+            "options": record["options"]}
 
 
 class Progress:

@@ -1,4 +1,4 @@
-"""Option values that click does not know: sizes and intervals."""
+"""Option values that click does not know: sizes, intervals, windows."""
 
 from __future__ import annotations
 
@@ -38,5 +38,21 @@ class Interval(click.ParamType):
         return int(match[1] or 0), int(match[2]) if match[2] else None
 
 
+class WindowWidth(click.ParamType):
+    """"16" -> 16, "auto" -> "auto"."""
+
+    name = "window"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
+        """A whole number >= 1, or "auto"."""
+        text = str(value)
+        if text == "auto":
+            return text
+        if not re.fullmatch(r"\d{1,6}", text) or int(text) < 1:
+            self.fail(f"{text!r} is no window; give a whole number >= 1, for example 16, or auto", param, ctx)
+        return int(text)
+
+
 SIZE = Size()
+WINDOW = WindowWidth()
 INTERVAL = Interval()

@@ -4,8 +4,11 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import isqrt
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +16,8 @@ from torch import Tensor, nn
 
 from arimg.errors import ConfigError, InputError
 from arimg.models.base import Condition
-from arimg.models.layers import MLP, Attention, Cache, RMSNorm, SequenceCache, SwiGLU, Window, rotary_table_2d
+from arimg.models.layers import (
+    EXTENT_STEP, MLP, Attention, Cache, RMSNorm, SequenceCache, SwiGLU, Window, rotary_table_2d)
 from arimg.noise import CounterNoise, Purpose
 
 
@@ -150,6 +154,8 @@ class ARTransformer(nn.Module):
         super().__init__()
         self.config = config
         self.attention_backend = "sdpa"
+        self.extent_step = EXTENT_STEP
+        self._compiled: Callable[[Tensor, Window, Tensor | None], Tensor] | None = None
         self.vocab_size = config.vocab_size
         self.prefix_length = 1 if config.conditioning == "class" else config.caption_length
         self.inject_points = len(config.inject_layers)
@@ -202,24 +208,25 @@ class ARTransformer(nn.Module):
                                identity=config.rope_prefix == "identity")
 
     def new_cache(self, rows: int, length: int, grid: tuple[int, int], prefix_mask_RP: Tensor | None = None,
-                  store: bool = True) -> Cache | SequenceCache:
-        """An empty cache of `length` <= P + h*w slots. `store=False`: for one differentiable pass over slots 0 .. W-1.
+                  store: bool = True, scratch: int = 0) -> Cache | SequenceCache:
+        """An empty cache of `length` <= P + h*w slots, and `scratch` more behind them. `store=False`: for one
+        differentiable pass over slots 0 .. W-1.
 
         `prefix_mask_RP` (bool) is True on real caption slots. Raises InputError, see `rotary_table`.
         """
         rope_SF2 = self.rotary_table(grid)[:length]
         assert rope_SF2.shape[0] == length, (length, grid)
-        real_RS = None
+        slots, real_RS = length + scratch, None
         if prefix_mask_RP is not None:
-            real_RS = F.pad(prefix_mask_RP.bool(), (0, length - prefix_mask_RP.shape[1]), value=True)
+            real_RS = F.pad(prefix_mask_RP.bool(), (0, slots - prefix_mask_RP.shape[1]), value=True)
         if not store:
             return SequenceCache(rope_SF2, real_RS)
         weight = self.norm.weight
-        shape = (rows, self.config.key_heads, length, self.config.head_dim)
-        empty_RS = torch.zeros(rows, length, dtype=torch.bool, device=weight.device)
+        shape = (rows, self.config.key_heads, slots, self.config.head_dim)
+        empty_RS = torch.zeros(rows, slots, dtype=torch.bool, device=weight.device)
         return Cache(rope_SF2, ~empty_RS if real_RS is None else real_RS, empty_RS,
                      keys=[weight.new_zeros(shape) for _ in self.layers],
-                     values=[weight.new_zeros(shape) for _ in self.layers])
+                     values=[weight.new_zeros(shape) for _ in self.layers], extent_step=self.extent_step)
 
     def prefix(self, condition: Condition) -> Tensor:
         """x_RPD: the class row or the caption rows."""
@@ -233,10 +240,18 @@ class ARTransformer(nn.Module):
         return self.tok_dropout(x_RWD)
 
     def step(self, x_RWD: Tensor, slots_RW: Tensor, cache: Cache | SequenceCache, inject_KRWD: Tensor | None = None,
-             mask_RWW: Tensor | None = None) -> Tensor:
+             mask_RWW: Tensor | None = None, at_RW: Tensor | None = None) -> Tensor:
         """h_RWD; see Backbone.step. inject_KRWD[k] is added to the residual stream before layer inject_layers[k]
         (ControlAR, conditional decoding); rows beyond the cache's first R are left alone."""
-        window = cache.open(slots_RW, mask_RWW)
+        return (self._compiled or self._layers)(x_RWD, cache.open(slots_RW, mask_RWW, at_RW), inject_KRWD)
+
+    def compile_step(self, **options: Any) -> None:
+        """Compile the layers of `step` with torch.compile(fullgraph=True, **options): one static graph per number of rows
+        and positions, for which passes then read the whole cache. The first pass of each shape takes long."""
+        self.extent_step = sys.maxsize
+        self._compiled = torch.compile(self._layers, fullgraph=True, dynamic=False, **options)
+
+    def _layers(self, x_RWD: Tensor, window: Window, inject_KRWD: Tensor | None) -> Tensor:
         for index, layer in enumerate(self.layers):
             if inject_KRWD is not None:
                 for k, place in enumerate(self.config.inject_layers):

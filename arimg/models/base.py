@@ -41,6 +41,14 @@ class Condition:
                          join([part.caption_mask_BP for part in parts]))
 
 
+class KVCache(Protocol):
+    """What a decoder may ask of a cache; all else in it is the network's own affair."""
+
+    def limit(self, stop: int) -> None:
+        """The host's promise for the passes to come: none reads or writes a slot at or beyond `stop`, scratch apart. A
+        network may use it to read less, or ignore it."""
+
+
 class Backbone(Protocol):
     """What a decoder may ask of a network. Implementations hold no run state: all of it lives in the cache."""
 
@@ -51,8 +59,10 @@ class Backbone(Protocol):
     def null(self, condition: Condition) -> Condition:
         """The unconditional twin: null class, or the stored null caption under the same mask."""
 
-    def new_cache(self, rows: int, length: int, grid: tuple[int, int], prefix_mask_RP: Tensor | None = None) -> Any:
-        """A cache of `length` slots (prefix included) for images of `grid` = (h, w) tokens; opaque to decoders."""
+    def new_cache(self, rows: int, length: int, grid: tuple[int, int], prefix_mask_RP: Tensor | None = None,
+                  store: bool = True, scratch: int = 0) -> Any:
+        """A KVCache of `length` slots (prefix included) for images of `grid` = (h, w) tokens, and `scratch` slots more
+        behind them. `store=False` is for training: one differentiable pass over slots 0 .. W-1."""
 
     def prefix(self, condition: Condition) -> Tensor:
         """x_RPD: class or caption rows."""
@@ -61,10 +71,12 @@ class Backbone(Protocol):
         """x_RWD: what the network reads for these codes at these slots."""
 
     def step(self, x_RWD: Tensor, slots_RW: Tensor, cache: Any, inject_KRWD: Tensor | None = None,
-             mask_RWW: Tensor | None = None) -> Tensor:
+             mask_RWW: Tensor | None = None, at_RW: Tensor | None = None) -> Tensor:
         """h_RWD. Writes keys and values by slot, so a later write to the same slot replaces it: no rollback. A query at
-        slot s sees every written slot <= s; `mask_RWW` (bool), when given, replaces that rule inside the pass. A pass
-        of fewer rows than the cache holds concerns its first rows. Slots are filled without gaps."""
+        slot s sees every written slot < s and itself; `mask_RWW` (bool), when given, replaces that rule inside the
+        pass. A pass of fewer rows than the cache holds concerns its first rows. Slots are filled without gaps, unless
+        the cache has been told a limit. An entry at a scratch slot takes the position of slot `at` (None = its own) and
+        is seen by itself alone."""
 
     def logits(self, h_RWD: Tensor) -> Tensor:
         """logits_RWV."""

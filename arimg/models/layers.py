@@ -103,19 +103,22 @@ class Window:
     slots_RW: Tensor
     rope_RWF2: Tensor
     mask_R1WS: Tensor | None        # None = plain causal over the pass itself
+    extent: int                     # number of leading slots that the pass reads
 
     def exchange(self, layer: int, keys_RWGE: Tensor, values_RWGE: Tensor) -> tuple[Tensor, Tensor]:
         """Hand over this pass's keys and values; get all that the pass may read, (R, G, S, E)."""
-        return self.cache.exchange(layer, self.slots_RW, keys_RWGE, values_RWGE)
+        return self.cache.exchange(layer, self, keys_RWGE, values_RWGE)
 
 
 @dataclass
 class Cache:
     """Keys and values by slot. A later write to a slot replaces the earlier one, so nothing is ever rolled back.
 
-    A pass of fewer rows than the cache holds reads and writes the first rows. Slots are filled without gaps: a pass of
-    W positions extends the written part by W slots at most. That bound, `reach`, is kept on the host, so that no pass
-    reads the unwritten tail and none waits for the device.
+    A pass of fewer rows than the cache holds reads and writes the first rows. `reach` bounds the written slots from
+    above and is kept on the host, so that no pass reads the unwritten tail and none waits for the device: slots are
+    filled without gaps, a pass of W positions adds W slots at most, unless `limit` has said more.
+
+    Slots beyond the rotary table are scratch: leaves of a tree are written there (`at_RW` of `open`).
     """
 
     rope_SF2: Tensor
@@ -123,33 +126,40 @@ class Cache:
     readable_RS: Tensor             # bool, written and real
     keys: list[Tensor]              # per layer (R, G, S, E)
     values: list[Tensor]
+    extent_step: int = EXTENT_STEP
     reach: int = 0
+    stop: int | None = None
 
-    @property
-    def extent(self) -> int:
-        """Number of leading slots that passes read."""
-        return min(-(-self.reach // EXTENT_STEP) * EXTENT_STEP, self.rope_SF2.shape[0])
+    def limit(self, stop: int) -> None:
+        """The host's promise for the passes to come: none reads or writes a slot at or beyond `stop`, scratch apart."""
+        self.stop = stop
 
-    def open(self, slots_RW: Tensor, mask_RWW: Tensor | None = None) -> Window:
+    def open(self, slots_RW: Tensor, mask_RWW: Tensor | None = None, at_RW: Tensor | None = None) -> Window:
         """Begin a pass at these slots. A query at slot s sees itself and every readable slot <= s; `mask_RWW` replaces
-        that rule among the positions of the pass."""
+        that rule among the positions of the pass. `at_RW` gives the slots whose positions the entries take, where those
+        written to scratch slots have other ones: they see what slot `at` would, and nothing sees them."""
         rows, width = slots_RW.shape
-        self.reach = self.rope_SF2.shape[0] if mask_RWW is not None else self.reach + width
+        if mask_RWW is not None or at_RW is not None:
+            self.reach = self.real_RS.shape[1]
+        else:
+            self.reach = self.reach + width if self.stop is None else self.stop
+        extent = min(-(-self.reach // self.extent_step) * self.extent_step, self.real_RS.shape[1])
+        at_RW = slots_RW if at_RW is None else at_RW
         self.readable_RS[:rows].scatter_(1, slots_RW, self.real_RS[:rows].gather(1, slots_RW))
-        columns_S = torch.arange(self.extent, device=slots_RW.device)
-        slots_RW1 = slots_RW[..., None]
-        mask_RWS = self.readable_RS[:rows, None, :self.extent] & (columns_S <= slots_RW1) | (columns_S == slots_RW1)
+        columns_S = torch.arange(extent, device=slots_RW.device)
+        before_RWS = columns_S < at_RW[..., None]
+        mask_RWS = self.readable_RS[:rows, None, :extent] & before_RWS | (columns_S == slots_RW[..., None])
         if mask_RWW is not None:
             mask_RWS.scatter_(2, slots_RW[:, None].expand(-1, width, -1), mask_RWW)
-        return Window(self, slots_RW, self.rope_SF2[slots_RW], mask_RWS[:, None])
+        return Window(self, slots_RW, self.rope_SF2[at_RW], mask_RWS[:, None], extent)
 
-    def exchange(self, layer: int, slots_RW: Tensor, keys_RWGE: Tensor, values_RWGE: Tensor) -> tuple[Tensor, Tensor]:
-        """Write by slot, return the slots that passes read."""
-        rows = slots_RW.shape[0]
-        where = (torch.arange(rows, device=slots_RW.device)[:, None], slots_RW)
+    def exchange(self, layer: int, window: Window, keys_RWGE: Tensor, values_RWGE: Tensor) -> tuple[Tensor, Tensor]:
+        """Write by slot, return the slots that the pass reads."""
+        rows = window.slots_RW.shape[0]
+        where = (torch.arange(rows, device=window.slots_RW.device)[:, None], window.slots_RW)
         for store, new in ((self.keys[layer], keys_RWGE), (self.values[layer], values_RWGE)):
             store.transpose(1, 2).index_put_(where, new.to(store.dtype))
-        return self.keys[layer][:rows, :, :self.extent], self.values[layer][:rows, :, :self.extent]
+        return self.keys[layer][:rows, :, :window.extent], self.values[layer][:rows, :, :window.extent]
 
 
 @dataclass(frozen=True)
@@ -159,16 +169,18 @@ class SequenceCache:
     rope_SF2: Tensor
     real_RS: Tensor | None = None   # bool, False on padded caption slots; None = all real
 
-    def open(self, slots_RW: Tensor, mask_RWW: Tensor | None = None) -> Window:
-        """Begin the pass. Plain causal, minus padded slots, plus the diagonal; `mask_RWW` replaces that rule."""
+    def open(self, slots_RW: Tensor, mask_RWW: Tensor | None = None, at_RW: Tensor | None = None) -> Window:
+        """Begin the pass; `at_RW` is None, as there are no scratch slots. Plain causal, minus padded slots, plus the diagonal; `mask_RWW` replaces that rule."""
+        assert at_RW is None
         width = slots_RW.shape[1]
         if mask_RWW is None and self.real_RS is not None:
             causal_WW = torch.ones(width, width, dtype=torch.bool, device=slots_RW.device).tril()
             diagonal_WW = torch.eye(width, dtype=torch.bool, device=slots_RW.device)
             mask_RWW = causal_WW & self.real_RS[:, None, :width] | diagonal_WW
-        return Window(self, slots_RW, self.rope_SF2[None, :width], None if mask_RWW is None else mask_RWW[:, None])
+        mask_R1WW = None if mask_RWW is None else mask_RWW[:, None]
+        return Window(self, slots_RW, self.rope_SF2[None, :width], mask_R1WW, width)
 
-    def exchange(self, layer: int, slots_RW: Tensor, keys_RWGE: Tensor, values_RWGE: Tensor) -> tuple[Tensor, Tensor]:
+    def exchange(self, layer: int, window: Window, keys_RWGE: Tensor, values_RWGE: Tensor) -> tuple[Tensor, Tensor]:
         """The pass reads its own keys and values."""
         return keys_RWGE.transpose(1, 2), values_RWGE.transpose(1, 2)
 

@@ -1,0 +1,1 @@
+"""Measurements: where a training step's time goes, and what each decoder costs."""

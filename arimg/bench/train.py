@@ -1,0 +1,243 @@
+"""Where the time of a training step goes: `Trainer.train_step` itself under clocks, not a copy of it.
+
+Plain and compiled networks and the machine's matrix product take turns within one run, so that other work on the
+machine slows all of them alike. The batch is made within the step, so that the phases add up; in a training run a
+thread makes it while the step before is under way, which is faster where a core is free.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from tqdm import tqdm
+
+from arimg.bench.machine import GemmClock, describe, markdown_table, median, timed
+from arimg.devices import find_dtype
+from arimg.errors import InputError
+from arimg.registry import OBJECTIVES
+from arimg.train.loop import Trainer
+from arimg.train.run import RunConfig
+
+PHASES = ("batch", "forward", "backward", "optimiser")
+WARM_UP = 2             # steps of each network before the first that counts; the first one compiles
+SHOWN_OPERATORS = 10
+SLOW_BATCH = 0.25       # share of the step from which on the preparation of batches is worth a remark
+
+_PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# torch's counter knows the attention kernels of GPUs only.
+_CPU_ATTENTION: dict[Any, Callable[..., int]] = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
+        lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
+        lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v),
+}
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """Medians over the measured steps of one network."""
+
+    network: str                    # plain | compiled
+    seconds: dict[str, float]       # by phase; optimiser = what is left: clipping, AdamW, EMA, the objective's own work
+    step: float                     # seconds of the whole step
+    images_per_second: float
+    gemm_share: float               # FLOPs of a step / (forward + backward) / GEMM rate of the run's precision
+
+
+@dataclass(frozen=True)
+class Operator:
+    """One row of the profile of a plain step."""
+
+    name: str
+    calls: int
+    seconds: float                  # by itself, without the operators it calls
+    share: float                    # of all operators
+
+
+@dataclass(frozen=True)
+class TrainReport:
+    """What `arimg bench train` measures."""
+
+    run: str
+    objective: str
+    machine: str
+    precision: str                  # float32 | bfloat16 | float16 (autocast)
+    batch_size: int
+    parameters: int                 # trained ones
+    steps: int                      # measured, per network
+    step_flops: int                 # forward and backward of one batch
+    gemm_flops_per_second: dict[str, float]
+    networks: tuple[StepTimes, ...]
+    operators: tuple[Operator, ...]
+    verdict: str
+
+
+def bench_train(config: RunConfig, steps: int = 8, compare_compiled: bool = False) -> TrainReport:
+    """Measure `steps` optimiser steps of a run as its config describes it; with `compare_compiled` both the plain and
+    the compiled network. Writes no run folder, trains from the start. Raises InputError when nothing can compile."""
+    if compare_compiled or config.train.compile:
+        _check_compiler()
+    objective = OBJECTIVES.load(config.objective)(config)
+    with tempfile.TemporaryDirectory(prefix="arimg-bench-") as folder:
+        trainer = Trainer(replace(config, name=folder), objective)      # an absolute name is the run's folder
+    trainer.network.train()
+    networks = _networks(trainer, config.train.compile, compare_compiled)
+    gemms = _gemm_clocks(config.train.precision, trainer.accelerator.device)
+    flops = _step_flops(trainer)
+    laps = _run(trainer, networks, gemms, steps)
+    operators = _profile(trainer)
+    rates = {name: clock.rate for name, clock in gemms.items()}
+    precision = _name(_PRECISIONS[config.train.precision])
+    times = tuple(_times(name, lap, config.data.batch_size, flops, rates[precision])
+                  for name, lap in laps.items())
+    parameters = sum(weight.numel() for weight in trainer.network.parameters() if weight.requires_grad)
+    return TrainReport(config.name, config.objective, describe(trainer.accelerator.device), precision,
+                       config.data.batch_size, parameters, steps, flops, rates, times, operators,
+                       _verdict(times[-1], operators))
+
+
+def _check_compiler() -> None:
+    compiler = os.environ.get("CXX", "g++")
+    if not torch.cuda.is_available() and shutil.which(compiler) is None:
+        raise InputError(f"torch.compile needs the C++ compiler {compiler}, which is not installed; install it, set "
+                         "CXX, or leave out --compile and use train.compile=false")
+
+
+def _networks(trainer: Trainer, compiled: bool, both: bool) -> dict[str, nn.Module]:
+    """The networks to measure, by name; they share their weights."""
+    networks: dict[str, nn.Module] = {}
+    if both or not compiled:
+        networks["plain"] = trainer.network
+    if both or compiled:
+        networks["compiled"] = torch.compile(trainer.network)       # type: ignore[assignment]
+    return networks
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _gemm_clocks(precision: str, device: torch.device) -> dict[str, GemmClock]:
+    """float32, the run's precision, and the device's fast one."""
+    dtypes = dict.fromkeys([torch.float32, _PRECISIONS[precision], find_dtype("auto", device)])
+    return {_name(dtype): GemmClock(dtype, device) for dtype in dtypes}
+
+
+def _step_flops(trainer: Trainer) -> int:
+    """FLOPs of matrix products, convolutions and attention in forward and backward of one batch."""
+    batch = [tensor.to(trainer.accelerator.device) for tensor in trainer.batches.make(0)]
+    with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
+        loss, _ = trainer.network(*batch)
+        trainer.accelerator.backward(loss)
+    trainer.optimizer.zero_grad()
+    return int(counter.get_total_flops())
+
+
+class _Clocks:
+    """Seconds per phase of one step, taken around the trainer's own calls."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self._device = trainer.accelerator.device
+        setattr(trainer.batches, "get", self.around("batch", trainer.batches.make))      # here and now, in no thread
+        setattr(trainer.accelerator, "backward", self.around("backward", trainer.accelerator.backward))
+
+    def around(self, phase: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function`, its time added to `phase`."""
+        def call(*args: Any, **kwargs: Any) -> Any:
+            seconds, result = timed(self._device, lambda: function(*args, **kwargs))
+            self.seconds[phase] += seconds
+            return result
+        return call
+
+    def step(self, trainer: Trainer, network: nn.Module) -> dict[str, float]:
+        """One training step through `network`: seconds by phase, and of the whole step."""
+        self.seconds.clear()
+        setattr(trainer, "step_network", self.around("forward", network))
+        whole, _ = timed(self._device, trainer.train_step)
+        return {**self.seconds, "optimiser": whole - sum(self.seconds.values()), "step": whole}
+
+
+def _run(trainer: Trainer, networks: dict[str, nn.Module], gemms: dict[str, GemmClock],
+         steps: int) -> dict[str, list[dict[str, float]]]:
+    """Phase times of every measured step, by network; the networks and the matrix products take turns."""
+    clocks = _Clocks(trainer)
+    laps: dict[str, list[dict[str, float]]] = {name: [] for name in networks}
+    for turn in tqdm(range(WARM_UP + steps), desc="steps", unit="turn", file=sys.stderr):
+        for name, network in networks.items():
+            lap = clocks.step(trainer, network)
+            if turn >= WARM_UP:
+                laps[name].append(lap)
+        for clock in gemms.values():
+            clock.measure()
+    return laps
+
+
+def _times(network: str, laps: list[dict[str, float]], batch_size: int, flops: int, rate: float) -> StepTimes:
+    seconds = {phase: median(lap[phase] for lap in laps) for phase in PHASES}
+    step = median(lap["step"] for lap in laps)
+    through = median(lap["forward"] + lap["backward"] for lap in laps)
+    return StepTimes(network, seconds, step, batch_size / step, flops / through / rate)
+
+
+def _profile(trainer: Trainer) -> tuple[Operator, ...]:
+    """The operators of one plain step with the most time of their own, on the device that computes."""
+    on_cuda = trainer.accelerator.device.type == "cuda"
+    trainer.step_network = trainer.network
+    activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * on_cuda]
+    with profile(activities=activities) as profiler:
+        trainer.train_step()
+    rows = [(event.key, event.count, (event.self_device_time_total if on_cuda else event.self_cpu_time_total) / 1e6)
+            for event in profiler.key_averages()]
+    total = sum(seconds for *_, seconds in rows)
+    rows.sort(key=lambda row: -row[2])
+    return tuple(Operator(name, calls, seconds, seconds / total) for name, calls, seconds in rows[:SHOWN_OPERATORS])
+
+
+def _verdict(times: StepTimes, operators: tuple[Operator, ...]) -> str:
+    """One line: what to work on."""
+    shares = {phase: seconds / times.step for phase, seconds in times.seconds.items()}
+    largest = max(shares, key=lambda phase: shares[phase])
+    remark = ""
+    if shares["batch"] >= SLOW_BATCH and largest != "batch":
+        remark = f"; preparing the batch costs another {shares['batch']:.0%}"
+    return (f"{largest} dominates the {times.network} step with {shares[largest]:.0%}; forward and backward run at "
+            f"{times.gemm_share:.0%} of the GEMM rate; the largest operator is {operators[0].name} with "
+            f"{operators[0].share:.0%}{remark}")
+
+
+def to_markdown(report: TrainReport) -> str:
+    """The report as a page."""
+    names = [times.network for times in report.networks]
+    rows = [[phase, *[cell for times in report.networks for cell in
+                      (f"{times.seconds[phase] * 1e3:.1f}", f"{times.seconds[phase] / times.step:.0%}")]]
+            for phase in PHASES]
+    rows.append(["whole step", *[cell for times in report.networks for cell in (f"{times.step * 1e3:.1f}", "")]])
+    rows.append(["images/s", *[cell for times in report.networks
+                               for cell in (f"{times.images_per_second:.1f}", "")]])
+    rows.append(["share of GEMM rate", *[cell for times in report.networks
+                                         for cell in ("", f"{times.gemm_share:.0%}")]])
+    gemms = ", ".join(f"{name} {rate / 1e9:.1f} GFLOP/s" for name, rate in report.gemm_flops_per_second.items())
+    operators = [[f"`{one.name}`", str(one.calls), f"{one.seconds * 1e3:.1f}", f"{one.share:.0%}"]
+                 for one in report.operators]
+    return "\n".join([
+        f"# {report.run}: a training step of objective {report.objective}", "",
+        f"{report.parameters / 1e6:.2f} M trained parameters, batch {report.batch_size}, {report.precision}; "
+        f"{report.machine}.",
+        f"Medians of {report.steps} steps, each making its own batch (a training run makes it in a thread, one step "
+        "ahead).", f"Forward and backward of a step: {report.step_flops / 1e9:.2f} GFLOP. "
+        f"GEMM 1024x1024x1024: {gemms}.", "",
+        markdown_table(["phase", *[cell for name in names for cell in (f"{name}, ms", "share")]], rows), "",
+        markdown_table(["operator of a plain step", "calls", "self, ms", "share"], operators), "",
+        f"{report.verdict}."])

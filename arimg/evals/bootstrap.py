@@ -1,0 +1,43 @@
+"""Confidence intervals by the bootstrap (Efron 1979): the pictures that were measured are drawn again with replacement.
+
+A distance between sets is larger on a resampled set, which holds fewer different pictures; so intervals are those of
+the resampled values moved onto the value measured: value + (quantile - median).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+
+ROUNDS = 1000
+LEVEL = 0.95
+
+
+class Figure(NamedTuple):
+    """A measured value and the interval that holds 95 % of its resampled values."""
+
+    value: float
+    low: float
+    high: float
+
+
+def draws(count: int, rounds: int = ROUNDS, seed: int = 0) -> np.ndarray:
+    """counts_RN int64: how often each of `count` pictures was drawn in each round; rows sum to `count`."""
+    return np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=rounds)
+
+
+def figure(value: float, resampled: Iterable[float], lowest: float = -np.inf) -> Figure:
+    """`value` with the interval of its resampled values about it, cut off below `lowest`."""
+    low, middle, high = np.quantile(np.fromiter(resampled, np.float64), [(1 - LEVEL) / 2, 0.5, (1 + LEVEL) / 2])
+    return Figure(float(value), float(max(lowest, value + low - middle)), float(value + high - middle))
+
+
+def mean_figure(values_N: np.ndarray, seed: int = 0) -> Figure:
+    """The mean of one value per picture; NaN = the picture has none and is left out."""
+    values_N = np.asarray(values_N, np.float64)
+    values_N = values_N[~np.isnan(values_N)]
+    if not len(values_N):
+        return Figure(np.nan, np.nan, np.nan)
+    return figure(values_N.mean(), draws(len(values_N), seed=seed) @ values_N / len(values_N))

@@ -1,0 +1,88 @@
+"""A report: figures by set and metric, and the full protocol they were measured by."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from math import isnan
+from pathlib import Path
+from typing import Any
+
+from arimg import __version__
+from arimg.evals.bootstrap import Figure
+
+PACKAGES = ("torch", "numpy", "opencv-python-headless", "pillow", "timm")
+
+
+@dataclass
+class Report:
+    """`results[set][metric]`: a Figure, or a plain number without an interval. `ratios`: one number each."""
+
+    protocol: dict[str, Any]
+    results: dict[str, dict[str, Figure | float]] = field(default_factory=dict)
+    ratios: dict[str, float] = field(default_factory=dict)
+
+    def add(self, name: str, figures: dict[str, Any]) -> None:
+        """Put figures beside those that the set `name` has already."""
+        self.results.setdefault(name, {}).update(figures)
+
+    def value(self, name: str, metric: str) -> float:
+        """The number itself."""
+        found = self.results[name][metric]
+        return found.value if isinstance(found, Figure) else found
+
+    def ratio(self, metric: str, name: str, other: str) -> None:
+        """Note by which factor `metric` of the set `name` exceeds that of `other`."""
+        below = self.value(other, metric)
+        self.ratios[f"{metric}: {name} / {other}"] = self.value(name, metric) / below if below else float("nan")
+
+    def as_json(self) -> dict[str, Any]:
+        """JSON-able; an interval is [low, high] of the central 95 %; a number that does not exist is null."""
+        results = {name: {metric: _plain(found) for metric, found in figures.items()}
+                   for name, figures in self.results.items()}
+        return {"protocol": self.protocol, "results": results,
+                "ratios": {name: _number(value) for name, value in self.ratios.items()}}
+
+    def as_markdown(self) -> str:
+        """One row per set, one column per metric, then the ratios."""
+        metrics = list(dict.fromkeys(metric for figures in self.results.values() for metric in figures))
+        rows = [["", *metrics], ["---"] * (len(metrics) + 1)]
+        rows += [[name, *(_cell(figures.get(metric)) for metric in metrics)] for name, figures in self.results.items()]
+        table = "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
+        lines = "".join(f"\n- {name}: {value:.3g}" for name, value in self.ratios.items())
+        return f"{table}\n{lines}" if lines else table
+
+
+def _number(value: float) -> float | None:
+    return None if isnan(value) else value
+
+
+def _plain(found: Figure | float) -> Any:
+    if isinstance(found, Figure):
+        return {"value": _number(found.value), "interval": [_number(found.low), _number(found.high)]}
+    return {"value": _number(found)}
+
+
+def _cell(found: Figure | float | None) -> str:
+    if found is None:
+        return ""
+    return f"{found.value:.4g} [{found.low:.4g}, {found.high:.4g}]" if isinstance(found, Figure) else f"{found:.4g}"
+
+
+def versions() -> dict[str, str]:
+    """Of arimg, Python and the packages that figures depend on."""
+    found = {"arimg": __version__, "python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:                        # for example OpenCV under another name
+            found[name] = "not installed under this name"
+    return found
+
+
+def weight_hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of every weight file below a model folder, by its path in it."""
+    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in sorted(folder.rglob("*.safetensors"))}

@@ -1,0 +1,111 @@
+"""Decode steps compile without graph breaks, one graph per bucket of window widths, and wait for the device once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounter
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from arimg.accel.ar import PlainAR
+from arimg.accel.base import Decoder, DecodeRequest, Guidance, Sampling
+from arimg.accel.jacobi import Jacobi, Scd, SpeculativeJacobi
+from arimg.accel.siblings import ScdSiblings
+from arimg.accel.target import Target, filter_probs, mix
+from arimg.accel.windows import BUCKETS
+from arimg.models.ar import ARTransformer
+from tests.models.toy import toy_classes, toy_inject, toy_model
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def decode(model: ARTransformer, decoder: Decoder, batch: int = 2, **changes: Any) -> Tensor:
+    request = DecodeRequest(toy_classes(batch), (4, 4), torch.arange(batch), toy_inject(batch), **changes)
+    codes = decoder.decode(Target(model, request), request).codes_BL
+    assert codes is not None
+    return codes
+
+
+@pytest.mark.parametrize("width", [1, 2, 4, 8])
+def test_one_graph_per_bucket(width: int) -> None:
+    """The prefix pass and one graph for each width that occurs: W, and the buckets below it at the image's end."""
+    model, counter = toy_model(), CompileCounter()
+    plain = decode(toy_model(), PlainAR(), guidance=Guidance(cfg=2.0))
+    model.compile_step(backend=counter)
+    assert torch.equal(decode(model, Jacobi(width), guidance=Guidance(cfg=2.0)), plain)
+    at_most = 1 + len([bucket for bucket in BUCKETS if bucket <= width])
+    assert 1 <= counter.frame_count <= at_most
+    first = counter.frame_count
+    decode(model, Jacobi(width), guidance=Guidance(cfg=2.0))
+    assert counter.frame_count == first, "a second picture compiles nothing"
+
+
+def test_laws_and_draws_compile_whole() -> None:
+    """What a pass does after the layers: mixing, filters, the draw."""
+    request = DecodeRequest(toy_classes(2), (4, 4), torch.arange(2))
+    target = Target(toy_model(), request)
+
+    def tail(logits_GBWV: Tensor, positions_BW: Tensor) -> Tensor:
+        mixed_BWV = mix(logits_GBWV, {"full": 2.0, "null": 1.0})
+        return target.draw(filter_probs(mixed_BWV, Sampling(0.9, 20, 0.9)), positions_BW)
+
+    counter = CompileCounter()
+    compiled = torch.compile(tail, fullgraph=True, dynamic=False, backend=counter)
+    for width in (1, 4, 16):
+        logits, positions = torch.randn(2, 2, width, 32), torch.arange(width).expand(2, -1)
+        assert torch.equal(compiled(logits, positions), tail(logits, positions))
+    assert counter.frame_count == 3
+
+
+@pytest.mark.slow
+def test_compiled_code_paints_the_same_codes() -> None:
+    model = toy_model(layers=2, inject_layers=(0, 1)).double()
+    request = DecodeRequest(toy_classes(2), (4, 4), torch.arange(2), toy_inject(2, points=2).double())
+    plain = PlainAR().decode(Target(model, request), request).codes_BL
+    model.compile_step()
+    for decoder in (PlainAR(), Jacobi(4)):
+        codes = decoder.decode(Target(model, request), request).codes_BL
+        assert codes is not None and plain is not None and torch.equal(codes, plain)
+
+
+class CountSyncs(TorchDispatchMode):
+    """Counts what makes the host wait for the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func)
+        self.waits += any(word in name for word in ("_local_scalar_dense", "nonzero", "masked_select", "unique",
+                                                    "aten.equal", "_to_copy.cpu", "index.Tensor_mask"))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("decoder", [Jacobi(4), Scd(4), ScdSiblings(4)], ids=lambda one: type(one).__name__)
+def test_a_pass_waits_for_the_device_once(decoder: SpeculativeJacobi, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits, tolist = [0], Tensor.tolist
+
+    def counted(tensor: Tensor) -> Any:
+        waits[0] += 1
+        return tolist(tensor)
+
+    monkeypatch.setattr(Tensor, "tolist", counted)
+    request = DecodeRequest(toy_classes(3), (4, 4), torch.arange(3), toy_inject(3),
+                            guidance=Guidance(cfg=3.0, control_cfg=2.0, interval=(2, 8)), sampling=Sampling(0.9, 20, 0.9),
+                            forced_BL=torch.full((3, 16), -1))
+    run = decoder.begin(Target(toy_model(), request), request)
+    while not run.done:
+        before = waits[0]
+        with CountSyncs() as syncs:
+            decoder.advance(run)
+        assert (waits[0] - before, syncs.waits) == (1, 0)

@@ -1,0 +1,118 @@
+"""Every model x control x decoder that fits together paints; every combination that does not is answered in one line.
+
+Parts that are registered later walk along: a new name in a registry either works here, or this file has to say why not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+from itertools import product
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from arimg.control.base import build, get_type
+from arimg.errors import ArimgError
+from arimg.pipeline import Pipeline
+from arimg.registry import CONTROLS, DECODERS
+from tests.toy import CONTROL, STRIDE, toy_pipeline
+
+SIDE = 4 * STRIDE                                   # 16 tokens
+MODELS = ("class", "text")                          # ARTransformer by its conditioning
+LOSSY = ("gsd", "zipar")
+SAME_CODES = ("ar", "jacobi")
+CONTROL_TYPES = (None, *CONTROLS.names())
+COMBINATIONS = tuple(product(MODELS, CONTROL_TYPES, DECODERS.names()))
+CAPTION = torch.randn(6, 12, generator=torch.Generator().manual_seed(0))
+
+
+def test_the_walk_covers_every_registered_part() -> None:
+    assert DECODERS.names() == ("ar", "gsd", "jacobi", "scd", "scd-gumbel", "scd-siblings", "sjd", "zipar")
+    assert CONTROLS.names() == ("canny", "color", "depth", "hed", "lineart", "map", "seg", "softedge")
+    assert len(COMBINATIONS) == 2 * 9 * 8
+
+
+@cache
+def pipeline(model: str, control_type: str | None) -> Pipeline:
+    if control_type is None:
+        return toy_pipeline(torch.float64, control=None, conditioning=model)
+    return toy_pipeline(torch.float64, control=replace(CONTROL, types=(control_type,)), conditioning=model)
+
+
+def call(model: str, trained: str | None, decoder: str, **options: Any) -> Any:
+    """A call of the pipeline whose control component, if any, was trained on one type."""
+    condition: dict[str, Any] = {"class_id": 1} if model == "class" else {"prompt_embeds": CAPTION}
+    if trained is not None:
+        condition |= {"control": control_map(), "control_type": trained}
+    options = {"lossy": decoder in LOSSY, "n": 2, "seed": 3, "size": (SIDE, SIDE), **condition, **options}
+    return pipeline(model, trained)(decoder=decoder, **options)
+
+
+def control_map() -> Image.Image:
+    stripes = (np.arange(SIDE) // 4 % 2 * 255).astype(np.uint8)
+    return Image.fromarray(np.broadcast_to(stripes[:, None, None], (SIDE, SIDE, 3)).copy())
+
+
+@cache
+def plain_codes(model: str, control_type: str | None) -> torch.Tensor:
+    codes: torch.Tensor = call(model, control_type, "ar").codes
+    return codes
+
+
+@pytest.mark.parametrize("model,control_type,decoder", COMBINATIONS)
+def test_legal(model: str, control_type: str | None, decoder: str) -> None:
+    out = call(model, control_type, decoder)
+    assert len(out.images) == 2 and out.images[0].size == (SIDE, SIDE)
+    assert out.codes.shape == plain_codes(model, control_type).shape and int(out.codes.min()) >= 0
+    assert out.stats.forward_passes <= out.codes.shape[1]
+    assert out.stats.extra["guarantee"] == DECODERS.load(decoder)().guarantee
+    assert (out.stats.extra["guarantee"] == "none") == (decoder in LOSSY)
+    if decoder in SAME_CODES:
+        assert torch.equal(out.codes, plain_codes(model, control_type))
+    alone = call(model, control_type, decoder, n=1, seed=4)
+    assert torch.equal(alone.codes[0], out.codes[1]), "a picture depends on its own seed alone"
+
+
+@pytest.mark.parametrize("model,decoder", list(product(MODELS, DECODERS.names())))
+def test_illegal_everywhere(model: str, decoder: str) -> None:
+    wrong_condition = {"prompt_embeds": CAPTION} if model == "class" else {"class_id": 1}
+    cases: list[dict[str, Any]] = [
+        {"control": control_map(), "control_type": "canny"},            # this pipeline takes no control
+        {"n": 0}, {"temperature": -1.0}, {"cfg": float("nan")}, {"window": 0}, {"window": "wide"},
+    ]
+    if decoder in LOSSY:
+        cases.append({"lossy": False})
+    if decoder == "ar":
+        cases.append({"window": 4})
+    if decoder == "zipar":
+        cases.append({"window": "auto"})
+    for case in cases:
+        one_line(model, None, decoder, **case)
+    with pytest.raises(ArimgError):
+        pipeline(model, None)(decoder=decoder, lossy=True, **wrong_condition)
+
+
+def test_illegal_control() -> None:
+    for control_type, other in product(CONTROLS.names(), CONTROLS.names()):
+        if other != control_type:
+            one_line("class", control_type, "jacobi", control_type=other)
+    one_line("class", "canny", "jacobi", control_type="cany")
+    one_line("class", None, "jacoby")
+
+
+def one_line(model: str, trained: str | None, decoder: str, **options: Any) -> None:
+    with pytest.raises(ArimgError) as caught:
+        call(model, trained, decoder, **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_extractors_without_weights_feed_the_pipeline() -> None:
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8))
+    for name in ("canny", "color", "softedge", "map"):
+        assert build(name)(photo).size == (SIDE, SIDE)
+        out = pipeline("class", name)(control_from=photo, control_type=name, decoder="jacobi")
+        assert len(out.images) == 1 and get_type(name).name == name
