@@ -94,7 +94,7 @@ def command(ctx: click.Context, output: str, format_name: str | None, json_path:
         images.save_image(picture, name, recipe.with_seeds(record, seeds), format_name)
         click.echo(name)
     if trace_path is not None:
-        images.save_image(_trace(pipe, out), trace_path)
+        images.save_image(_trace(out), trace_path)
         click.echo(trace_path)
     if options["audit"]:
         click.echo(out.stats.extra["audit"], err=True)
@@ -119,9 +119,13 @@ def _check_side_file(option: str, path: str, names: list[str]) -> None:
         raise InputError(f"{option} {path}: a picture goes there; name another file, for example {other}")
 
 
-def _trace(pipe: Pipeline, out: PipelineOutput) -> Any:
+def _trace(out: PipelineOutput) -> Any:
+    """Raises InputError when the decoder does not report what a trace shows."""
+    from arimg.errors import InputError
     from arimg.trace import draw_trace
 
+    if "fixed_at" not in out.stats.extra:
+        raise InputError("--trace: this decoder does not report when each token was fixed; leave --trace out")
     return draw_trace(out.images, out.stats.extra["fixed_at"], tuple(out.latents.shape[2:]))
 
 

@@ -31,6 +31,7 @@ from arimg.train.run import RunConfig
 
 SHOWN = 8           # pictures in a sample grid
 VALIDATED = 64      # held-out pictures that the validation loss is a mean of
+NEAR = 64           # codes that may stand in for a code
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class ARRun(RunConfig):
 
     tokenizer: str = ""                     # tokenizer component folder
     flip: bool = True                       # half of the samples are mirror images
+    token_noise: float = 0.0                # largest share of a sample's codes that are read as a near code instead
     model: ARConfig = field(default_factory=ARConfig)
     settings: PipelineSettings = field(default_factory=PipelineSettings)
 
@@ -48,6 +50,8 @@ class ARRun(RunConfig):
             raise ConfigError("tokenizer: is empty; give the folder that the tokenizer run exported, tokenizer=FOLDER")
         if self.model.conditioning != "class":
             raise ConfigError(f"model.conditioning={self.model.conditioning}: emoji come with classes; write class")
+        if not 0 <= self.token_noise < 1:
+            raise ConfigError(f"token_noise={self.token_noise}: is a share of the codes; write a number in [0, 1)")
 
 
 class ARTask(nn.Module):
@@ -60,11 +64,12 @@ class ARTask(nn.Module):
             self.transformer.set_codebook(codebook_VC)
         self.grid = grid
 
-    def forward(self, codes_BL: Tensor, class_ids_B: Tensor, drop_class_B: Tensor,
+    def forward(self, codes_BL: Tensor, read_BL: Tensor, class_ids_B: Tensor, drop_class_B: Tensor,
                 *control: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Scalar loss and figures. Dropped classes become the null class; `control` is what `inject` takes."""
+        """Scalar loss and figures: codes_BL are predicted from the codes read_BL before them. Dropped classes become the
+        null class; `control` is what `inject` takes."""
         condition = self.transformer.drop(Condition(class_ids_B=class_ids_B), drop_class_B)
-        logits_BLV = self.transformer(codes_BL, condition, self.grid, self.inject(*control))
+        logits_BLV = self.transformer(read_BL, condition, self.grid, self.inject(*control))
         return F.cross_entropy(logits_BLV.flatten(0, 1).float(), codes_BL.flatten()), {}
 
     def inject(self, *control: Tensor) -> Tensor | None:
@@ -85,7 +90,9 @@ class ARObjective:
         self.cache = CodeCache(config.data.path() / "codes", self.emoji.images, tokenizer, self.emoji.fingerprint)
         self._check_sizes(tokenizer.vocab_size)
         torch.manual_seed(config.seed)
-        self.network = self.task_class(config, tokenizer.space().codebook_VC, self.cache.grid)
+        codebook_VC = tokenizer.space().codebook_VC
+        self.network = self.task_class(config, codebook_VC, self.cache.grid)
+        self.near_VK = nearest_codes(codebook_VC, NEAR)
         if config.init_from:
             self._start_from(Path(config.init_from))
         self.train_indices = np.flatnonzero(~self.emoji.held_out)
@@ -115,11 +122,19 @@ class ARObjective:
         if self.config.flip:
             indices = indices + len(self.emoji.images) * (rng.random(len(indices)) < 0.5)
         drop_class_B = torch.from_numpy(rng.random(len(indices)) < self.config.model.class_dropout)
-        return self.inputs(indices, drop_class_B, self.draw_control(indices, rng))
+        codes_BL = self.cache.get(indices)
+        read_BL = self.perturbed(codes_BL, rng)
+        return codes_BL, read_BL, self.classes(indices), drop_class_B, *self.draw_control(indices, rng)
 
-    def inputs(self, indices: np.ndarray, drop_class_B: Tensor, control: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """What the task's `forward` takes."""
-        return self.cache.get(indices), self.classes(indices), drop_class_B, *control
+    def perturbed(self, codes_BL: Tensor, rng: np.random.Generator) -> Tensor:
+        """Codes with a share of them, drawn per sample from [0, token_noise), replaced by near ones: the model learns to
+        read its own small errors (as bitwise self-correction does, Han et al. 2024, arXiv:2412.04431, section 3.4)."""
+        if not self.config.token_noise:
+            return codes_BL
+        shape = tuple(codes_BL.shape)
+        replaced_BL = rng.random(shape) < rng.uniform(0, self.config.token_noise, (shape[0], 1))
+        near_BL = self.near_VK[codes_BL.numpy(), rng.integers(0, self.near_VK.shape[1], shape)]
+        return torch.where(torch.from_numpy(replaced_BL), torch.from_numpy(near_BL), codes_BL)
 
     def classes(self, indices: np.ndarray) -> Tensor:
         """class_ids_B, int64."""
@@ -150,7 +165,8 @@ class ARObjective:
         network.eval()
         device = next(network.parameters()).device
         indices = self.held_out[:VALIDATED]
-        inputs = self.inputs(indices, torch.zeros(len(indices), dtype=torch.bool), self.held_out_control(indices))
+        codes_BL, kept_B = self.cache.get(indices), torch.zeros(len(indices), dtype=torch.bool)
+        inputs = (codes_BL, codes_BL, self.classes(indices), kept_B, *self.held_out_control(indices))
         return float(network(*(tensor.to(device) for tensor in inputs))[0])
 
     @torch.no_grad()
@@ -181,3 +197,9 @@ class ARObjective:
     def control_types(self) -> tuple[str, ...]:
         """What the pipeline's users may give: none here."""
         return ()
+
+
+def nearest_codes(codebook_VC: Tensor, count: int) -> np.ndarray:
+    """int64 (V, K): the K nearest other codes of each code, K = count or as many as there are."""
+    distances_VV = torch.cdist(codebook_VC.float(), codebook_VC.float()).fill_diagonal_(float("inf"))
+    return distances_VV.topk(min(count, len(codebook_VC) - 1), largest=False).indices.numpy()

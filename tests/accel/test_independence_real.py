@@ -49,13 +49,13 @@ def gap_at(pipe: Pipeline, seed: int, codes_L: Tensor, position: int) -> float:
 def divergences(pipe: Pipeline) -> dict[str, float]:
     """"seed, batch" -> gap at the first differing position, for all pictures that differ from the one painted alone."""
     def paint(*seeds: int) -> Tensor:
-        codes_BL: Tensor = pipe(CONTROL, class_id=0, seeds=seeds, output_type="latent").codes
+        codes_BL: Tensor = pipe(CONTROL, class_id=0, seeds=seeds, decoder="ar", output_type="latent").codes
         return codes_BL
 
     alone = torch.cat([paint(seed) for seed in SEEDS])
     batches = {"batch of 16": paint(*SEEDS), "batch of 16 in reverse": paint(*SEEDS[::-1]).flip(0),
                "two batches of 8": torch.cat([paint(*SEEDS[:8]), paint(*SEEDS[8:])])}
-    pipe(OTHER_CONTROL, class_id=0, seeds=SEEDS[:1], output_type="latent")
+    pipe(OTHER_CONTROL, class_id=0, seeds=SEEDS[:1], decoder="ar", output_type="latent")
     batches["batch of 16 again, after another control"] = paint(*SEEDS)
     found = {}
     for name, codes_BL in batches.items():

@@ -190,6 +190,15 @@ def test_unusual_pictures_are_handled(model: Path, make: Callable[[], Image.Imag
     (["--format", "gif"], "unknown picture format 'gif'"),
     (["--contol", "map.png"], "No such option"),
     (["map.png"], "Got unexpected extra argument (map.png); see: arimg sample --help"),
+    (["--window", "0"], "no window"),
+    (["--window", "wide"], "no window"),
+    (["--decoder", "ar", "--window", "4"], "has no window"),
+    (["--decoder", "zipar"], "add --lossy"),
+    (["--decoder", "gsd"], "add --lossy"),
+    (["--decoder", "zipar", "--lossy", "--window", "auto"], "whole number of codes"),
+    (["--decoder", "jacoby"], "did you mean jacobi"),
+    (["--trace", "out.png"], "a picture goes there"),
+    (["--trace", "trace.txt"], "txt"),
 ])
 def test_values(model: Path, arguments: list[str], message: str) -> None:
     assert message in sample_fails(model, *arguments)

@@ -150,3 +150,39 @@ def test_the_embedded_model_on_the_example() -> None:
     result = arimg("sample", "--control", str(example), "-o", "x.png")
     assert "fitted" not in result.stderr
     assert facts("x.png") == facts(str(example))
+
+
+def test_decoders_windows_and_their_figures(model: str) -> None:
+    base = ["sample", "--model", model, "--control", "a.png", "-n", "2"]
+    arimg(*base, "-o", "ar.png", "--decoder", "ar", "--json", "ar.json")
+    for window in ("1", "4", "auto"):
+        arimg(*base, "-o", "jacobi.png", "--decoder", "jacobi", "--window", window, "--json", "jacobi.json")
+        assert pixels("jacobi-1.png") == pixels("ar-1.png")
+        assert options_of("jacobi.png")["window"] in (window, int(window) if window != "auto" else None)
+    plain, fast = (json.loads(Path(name).read_text()) for name in ("ar.json", "jacobi.json"))
+    assert plain["forward_passes"] == 16 and fast["forward_passes"] < 16
+    assert plain["guarantee"] == fast["guarantee"] == "same-codes"
+    assert len(fast["accepted_per_pass"]) == fast["forward_passes"] and plain["audit"] is None
+
+
+def test_a_lossy_decoder_says_so(model: str) -> None:
+    arimg("sample", "--model", model, "--decoder", "zipar", "--lossy", "--window", "2", "--json", "x.json", "-o", "x.png")
+    assert json.loads(Path("x.json").read_text())["guarantee"] == "none"
+    arimg("sample", "--from", "x.png", "-o", "y.png")
+    assert pixels("x.png") == pixels("y.png")
+
+
+def test_audit(model: str) -> None:
+    result = arimg("sample", "--model", model, "-n", "4", "--audit", "--json", "x.json", "-o", "x.png")
+    assert result.stdout.split() == ["x.png", "x-0.png", "x-1.png", "x-2.png", "x-3.png"]
+    assert "audit of 64 tokens" in result.stderr and "consistent with plain decoding" in result.stderr
+    report = json.loads(Path("x.json").read_text())["audit"]
+    assert report["lawful"] and report["tokens"] == 64
+
+
+def test_trace(model: str) -> None:
+    result = arimg("sample", "--model", model, "-n", "2", "--trace", "trace.png", "-o", "x.png")
+    assert result.stdout.split()[-1] == "trace.png"
+    kind, (width, height) = facts("trace.png")
+    assert kind == "PNG" and width > 2 * 500 and height > 500
+    assert len(set(images.load_image("trace.png").crop((0, 0, 512, 512)).get_flattened_data())) > 4

@@ -68,7 +68,7 @@ def test_a_batch_is_a_function_of_seed_step_and_rank(control_run):
     again = other.batch(3, 0, 1)
     assert all(torch.equal(a, b) for a, b in zip(objective.batch(3, 0, 1), again))
     for step, rank in ((4, 0), (3, 1)):
-        assert not torch.equal(objective.batch(step, rank, 2)[3], again[3])
+        assert not torch.equal(objective.batch(step, rank, 2)[4], again[4])
 
 
 def test_samples_carry_the_map_of_their_type_and_of_their_mirror_image(control_run):
@@ -87,7 +87,7 @@ def test_every_type_is_drawn_as_often_as_its_weight_says(control_run):
     config = replace(control_run, type_weights={"canny": 3.0, "color": 2.0})
     assert config.type_shares().tolist() == [3 / 7, 1 / 7, 1 / 7, 2 / 7]
     objective = ControlObjective(config)
-    drawn = torch.cat([objective.batch(step, 0, 1)[4] for step in range(25)])
+    drawn = torch.cat([objective.batch(step, 0, 1)[5] for step in range(25)])
     shares = torch.bincount(drawn, minlength=4) / len(drawn)
     assert torch.allclose(shares, torch.tensor(config.type_shares()).float(), atol=0.12)
 
@@ -107,7 +107,7 @@ def test_half_of_the_samples_are_flipped_if_asked_for(ar_run, flip, expected):
     get = objective.cache.get
     objective.cache.get = lambda indices: seen.extend(indices) or get(indices)
     for step in range(4):
-        codes, class_ids, drop = objective.batch(step, 0, 1)
+        codes, _, class_ids, drop = objective.batch(step, 0, 1)
     assert {bool(index >= COUNT) for index in seen} == expected
     assert not objective.emoji.held_out[np.array(seen) % COUNT].any()
     assert torch.equal(class_ids, torch.from_numpy(objective.emoji.labels[np.array(seen[-8:]) % COUNT]))
@@ -139,13 +139,13 @@ def test_the_type_and_the_map_reach_the_loss(control_run):
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
-    codes, classes, drop, maps, types, keep = objective.batch(0, 0, 1)
+    codes, read, classes, drop, maps, types, keep = objective.batch(0, 0, 1)
     keep = torch.ones_like(keep)
     with torch.no_grad():
-        loss = float(network(codes, classes, drop, maps, types, keep)[0])
-        assert float(network(codes, classes, drop, maps, (types + 1) % 4, keep)[0]) != loss
-        assert float(network(codes, classes, drop, -maps, types, keep)[0]) != loss
-        dropped = [float(network(codes, classes, drop, m, types, ~keep)[0]) for m in (maps, -maps)]
+        loss = float(network(codes, read, classes, drop, maps, types, keep)[0])
+        assert float(network(codes, read, classes, drop, maps, (types + 1) % 4, keep)[0]) != loss
+        assert float(network(codes, read, classes, drop, -maps, types, keep)[0]) != loss
+        dropped = [float(network(codes, read, classes, drop, m, types, ~keep)[0]) for m in (maps, -maps)]
     assert dropped[0] == dropped[1] != loss, "a dropped control adds nothing"
 
 
