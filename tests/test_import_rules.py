@@ -35,7 +35,7 @@ LAYERS: tuple[tuple[frozenset[str], ...], ...] = (
 )
 WITHOUT_TORCH = ("errors", "registry", "config", "presets", "cli")
 # Optional or slow to import: inside functions only, but for the files named here.
-LAZY = {"cv2": (), "timm": ("control/encoder.py",), "transformers": (), "diffusers": ("hub.py", "train/loop.py"),
+LAZY = {"cv2": (), "timm": (), "transformers": (), "diffusers": ("hub.py", "train/loop.py"),
         "h5py": (), "resvg_py": (), "xformers": ()}
 RANDOM = {"rand", "randn", "randint", "randperm", "multinomial", "bernoulli", "normal",
           "rand_like", "randn_like", "randint_like"}

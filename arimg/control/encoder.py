@@ -1,7 +1,7 @@
 """Control encoder: a map in [-1, 1] becomes one token per image token (the control encoder of ControlAR,
 arXiv 2410.02705).
 
-Three kinds share timm's Vision Transformer blocks:
+Three kinds of Vision Transformer:
 
 * "vit": ViT-S/16 as Hugging Face runs it (LayerNorm eps 1e-12, no layer scale), ControlAR's class-conditional encoder;
 * "dinov2": DINOv2-S/B (patch 14, layer scale, LayerNorm eps 1e-6), ControlAR's text-conditional encoder;
@@ -12,12 +12,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from arimg.control.vit import SmallViT
 from arimg.errors import ConfigError, InputError
 
 NORM_EPS = {"vit": 1e-12, "dinov2": 1e-6, "small": 1e-6}
@@ -65,14 +66,8 @@ class ControlEncoder(nn.Module):
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         self.config = config
-        table = config.kind != "small"
-        self.vit = VisionTransformer(
-            img_size=config.image_size or config.patch, patch_size=config.patch, embed_dim=config.embed_dim,
-            depth=config.depth, num_heads=config.heads,
-            mlp_ratio=(config.ffn_hidden + 0.5) / config.embed_dim,     # timm truncates: this lands on ffn_hidden
-            init_values=1.0 if config.kind == "dinov2" else None, class_token=table,
-            pos_embed="learn" if table else "none", dynamic_img_size=True, num_classes=0, global_pool="",
-            norm_layer=partial(nn.LayerNorm, eps=config.norm_eps or NORM_EPS[config.kind]), act_layer=nn.GELU)
+        eps = config.norm_eps or NORM_EPS[config.kind]
+        self.vit: Any = SmallViT(config, eps) if config.kind == "small" else published_vit(config, eps)
         self.type_embed = nn.Embedding(len(config.types), config.embed_dim) if config.reads_type else None
 
     def forward(self, maps_B3HW: Tensor, resample: str = "nearest", type_ids_B: Tensor | None = None) -> Tensor:
@@ -123,6 +118,19 @@ class ControlEncoder(nn.Module):
             raise InputError(f"the control encoder knows {len(self.config.types)} types of map and was not told which "
                              f"this is; give one of {', '.join(self.config.types)}")
         return self.type_embed(type_ids_B)[:, None]
+
+
+def published_vit(config: EncoderConfig, eps: float) -> nn.Module:
+    """timm's VisionTransformer of this size, with class token and learned positions."""
+    from timm.models.vision_transformer import VisionTransformer
+
+    return VisionTransformer(
+        img_size=config.image_size or config.patch, patch_size=config.patch, embed_dim=config.embed_dim,
+        depth=config.depth, num_heads=config.heads,
+        mlp_ratio=(config.ffn_hidden + 0.5) / config.embed_dim,     # timm truncates: this lands on ffn_hidden
+        init_values=1.0 if config.kind == "dinov2" else None, class_token=True, pos_embed="learn",
+        dynamic_img_size=True, num_classes=0, global_pool="", norm_layer=partial(nn.LayerNorm, eps=eps),
+        act_layer=nn.GELU)
 
 
 def interpolate_positions(table_1LE: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -1,5 +1,8 @@
 """The control encoder: grids, positions, resizing, types, errors. Equality with transformers: tests/interop."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -157,3 +160,25 @@ def test_size_off_the_stride_names_the_nearest(size, fix):
 def test_config_errors(fields, words):
     with pytest.raises(ConfigError, match=words):
         EncoderConfig(**fields)
+
+
+def test_small_blocks_are_those_of_timm():
+    from timm.models.vision_transformer import VisionTransformer
+
+    config = EncoderConfig(embed_dim=32, depth=3, heads=4, ffn_hidden=48, patch=4, stride=4)
+    torch.manual_seed(0)
+    ours = ControlEncoder(config).vit
+    for parameter in ours.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    theirs = VisionTransformer(img_size=16, patch_size=4, embed_dim=32, depth=3, num_heads=4, mlp_ratio=1.5, num_classes=0,
+                               class_token=False, pos_embed="none", global_pool="")
+    theirs.load_state_dict(ours.state_dict())
+    pixels = torch.randn(2, 3, 16, 16)
+    x = ours.patch_embed(pixels).flatten(1, 2)
+    torch.testing.assert_close(ours.norm(ours.blocks(x)), theirs.eval()(pixels), rtol=1e-5, atol=1e-5)
+
+
+def test_the_small_encoder_does_not_import_timm():
+    program = ("import sys; from arimg.control.encoder import ControlEncoder, EncoderConfig; ControlEncoder(EncoderConfig()); "
+               "sys.exit('timm' in sys.modules or 'torchvision' in sys.modules)")
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
