@@ -22,8 +22,8 @@ def draw_trace(pictures: Sequence[Image.Image], fixed_at_BL: Sequence[Sequence[i
     sheet = make_grid(traced)
     canvas = Image.new("RGB", (sheet.width, sheet.height + _LEGEND), "white")
     canvas.paste(sheet, (0, 0))
-    ramp = Image.fromarray(_colours(np.arange(1, last + 1)[None], last)).resize((sheet.width, 10), Image.Resampling.NEAREST)
-    canvas.paste(ramp, (0, sheet.height + 2))
+    ramp = Image.fromarray(_colours(np.arange(1, last + 1)[None], last))
+    canvas.paste(ramp.resize((sheet.width, 10), Image.Resampling.NEAREST), (0, sheet.height + 2))
     pen = ImageDraw.Draw(canvas)
     pen.text((2, sheet.height + 14), "pass 1", fill="black")
     label = f"pass {last}"

@@ -1,8 +1,8 @@
 """Do these codes follow the model's law? One teacher-forced pass scores generated codes against plain decoding.
 
-If every code x_t was drawn from p_t(. | x_<t), then log p_t(x_t) + H(p_t) is a martingale difference with the variance of
-log p_t under p_t, whatever decoder produced it, so the scores below are nearly standard normal over a picture's tokens.
-A decoder that flattens the law (relaxed acceptance) scores far below zero.
+If every code x_t was drawn from p_t(. | x_<t), then log p_t(x_t) + H(p_t) is a martingale difference with the variance
+of log p_t under p_t, whatever decoder produced it, so the scores below are nearly standard normal over a picture's
+tokens. A decoder that flattens the law (relaxed acceptance) scores far below zero.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class AuditReport:
     tokens: int             # free tokens whose law is not certain
     likelihood: float       # sum of log p(x) + H(p), in standard deviations
     mode: float             # sum of [x is the most likely code] - max p, in standard deviations
-    ks: float               # p-value of Kolmogorov and Smirnov's test that the randomised ranks of x under p are uniform
+    ks: float               # p-value of Kolmogorov and Smirnov's test that randomised ranks of x under p are uniform
 
     @property
     def lawful(self) -> bool:
@@ -40,8 +40,8 @@ class AuditReport:
 
     def __str__(self) -> str:
         verdict = "consistent with plain decoding" if self.lawful else "NOT the law of plain decoding"
-        return (f"audit of {self.tokens} tokens: likelihood {self.likelihood:+.2f} sd, most likely code {self.mode:+.2f} "
-                f"sd, rank test p = {self.ks:.3g}: {verdict}")
+        return (f"audit of {self.tokens} tokens: likelihood {self.likelihood:+.2f} sd, most likely code "
+                f"{self.mode:+.2f} sd, rank test p = {self.ks:.3g}: {verdict}")
 
     def record(self) -> dict[str, Any]:
         """JSON-able."""

@@ -20,16 +20,7 @@ from arimg.accel.acceptance import Acceptance, Draws, ExactMatch, GroupedRatioTe
 from arimg.accel.base import DecodeRequest, DecodeResult, DecodeStats, Guarantee, OnStep, StepInfo
 from arimg.accel.drafts import Blank, DraftInit, find_init
 from arimg.accel.target import Target
-from arimg.accel.windows import WindowPolicy, find_window
-
-
-@dataclass(frozen=True)
-class Pass:
-    """What a pass did."""
-
-    widths: list[int]       # per row, positions judged
-    counts: list[int]       # per row, tokens fixed
-    seconds: float
+from arimg.accel.windows import Pass, WindowPolicy, find_window
 
 
 @dataclass

@@ -23,8 +23,8 @@ class ZipAR:
 
     def __init__(self, window: int = 8) -> None:
         if not isinstance(window, int) or window < 1:
-            raise InputError(f"--window {window}: the decoder zipar takes the whole number of codes that a row is ahead "
-                             "of the next one, at least 1")
+            raise InputError(f"--window {window}: the decoder zipar takes the whole number of codes that a row is "
+                             "ahead of the next one, at least 1")
         self.window = window
 
     @torch.no_grad()
@@ -48,9 +48,9 @@ class ZipAR:
             done += len(drawn)
             if on_step is not None:
                 on_step(StepInfo(target.forward_passes, done * batch, batch * request.length, codes_BL))
-        stats = DecodeStats(target.forward_passes, tuple(float(sum(at == turn + 1 for at in fixed_at[0]))
-                                                         for turn in range(last_turn + 1)), extra={"fixed_at": fixed_at})
-        return DecodeResult(stats, codes_BL=codes_BL)
+        accepted = tuple(float(fixed_at[0].count(turn + 1)) for turn in range(last_turn + 1))
+        return DecodeResult(DecodeStats(target.forward_passes, accepted, extra={"fixed_at": fixed_at}),
+                            codes_BL=codes_BL)
 
     def _laws(self, target: Target, codes_BL: Tensor, fronts: list[tuple[int, int]], turn: int) -> Tensor:
         """p_BWV of the codes that this pass draws, from the top row to the lowest."""

@@ -111,9 +111,9 @@ class Target:
         x_RPD = self._backbone.prefix(self._condition)
         slots_RP = torch.arange(length, device=x_RPD.device).expand(x_RPD.shape[0], -1)
         self._leaves = leaves
+        scratch: dict[str, Any] = {"scratch": leaves} if leaves else {}
         self._cache = self._backbone.new_cache(x_RPD.shape[0], length + self.request.length, self.request.grid,
-                                               self._condition.caption_mask_BP,
-                                               **({"scratch": leaves} if leaves else {}))
+                                               self._condition.caption_mask_BP, **scratch)
         self.forward_passes = 1
         tokens_B1 = slots_RP.new_zeros(x_RPD.shape[0] // branches, 1)
         inject = self._inject(tokens_B1, branches)

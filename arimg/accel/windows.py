@@ -18,7 +18,8 @@ REVISION = 0.3          # tokens per pass grow like W ** 0.3 at equal survival: 
 NOMINAL_COST = 1 / 24   # of one more position, relative to a pass over none: what small models take on two CPU cores
 
 
-class PassRecord(Protocol):
+@dataclass(frozen=True)
+class Pass:
     """What a policy may know of a pass: nothing of any code."""
 
     widths: list[int]       # per row, positions judged
@@ -30,9 +31,11 @@ class WindowPolicy(Protocol):
     """A policy. It sees histories only, never a code, so that every acceptance rule keeps its law; and of each row its
     own alone, so that no picture depends on its neighbours."""
 
-    widest: int
+    @property
+    def widest(self) -> int:
+        """The largest width it will ask for."""
 
-    def widths(self, fixed: Sequence[int], passes: Sequence[PassRecord], length: int) -> list[int]:
+    def widths(self, fixed: Sequence[int], passes: Sequence[Pass], length: int) -> list[int]:
         """Positions to judge in each row, given how many of `length` are `fixed` and the passes so far."""
 
 
@@ -47,7 +50,7 @@ class FixedWindow:
             raise InputError(f"--window {self.widest}: a pass judges at least 1 position; give a whole number >= 1, "
                              "or auto")
 
-    def widths(self, fixed: Sequence[int], passes: Sequence[PassRecord], length: int) -> list[int]:
+    def widths(self, fixed: Sequence[int], passes: Sequence[Pass], length: int) -> list[int]:
         """See WindowPolicy."""
         return [min(self.widest, bucket(length - n)) for n in fixed]
 
@@ -66,7 +69,7 @@ class AdaptiveWindow:
     widest: int = WIDEST
     trial: tuple[int, ...] = (8, 8, 32, 32, 8, 32, 16)      # widths of the first passes
 
-    def widths(self, fixed: Sequence[int], passes: Sequence[PassRecord], length: int) -> list[int]:
+    def widths(self, fixed: Sequence[int], passes: Sequence[Pass], length: int) -> list[int]:
         """See WindowPolicy."""
         if len(passes) < len(self.trial):
             wanted = [self.trial[len(passes)]] * len(fixed)
@@ -75,7 +78,7 @@ class AdaptiveWindow:
             wanted = [self._best(row, passes, cost) for row in range(len(fixed))]
         return [min(self.widest, width, bucket(length - n)) for width, n in zip(wanted, fixed)]
 
-    def _best(self, row: int, passes: Sequence[PassRecord], cost: Callable[[int], float]) -> int:
+    def _best(self, row: int, passes: Sequence[Pass], cost: Callable[[int], float]) -> int:
         last = passes[-1].widths[row]
         survival = survivals([(one.widths[row], one.counts[row]) for one in passes], self.widest)
         gains = {width: (1 + sum(survival[:width - 1])) * (width / last) ** REVISION / cost(width)
@@ -106,7 +109,7 @@ def nominal_cost(width: int) -> float:
     return 1 + NOMINAL_COST * width
 
 
-def measured_cost(passes: Sequence[PassRecord]) -> Callable[[int], float]:
+def measured_cost(passes: Sequence[Pass]) -> Callable[[int], float]:
     """c(W) = a + b W through the median seconds of the narrowest and the widest passes; flat or falling is flat."""
     seconds: dict[int, list[float]] = {}
     for one in passes:

@@ -106,7 +106,7 @@ def control(model: str, kind: str, count: int, sweep: bool, halves: bool, styles
         return
     emoji = _data(data_folder, pipe.settings.size[0])
     data, extractor = held_out(emoji, count, seed), _extractor()
-    judge = StyleJudge(emoji, _style_extractor(), seed) if styles else None
+    judge = StyleJudge(emoji, pipe.tokenizer, _style_extractor(), seed) if styles else None
     _show(evaluate_control(painter, data, kind, extractor, sweep, halves, judge, **origin), json_path)
 
 

@@ -38,8 +38,8 @@ _MODEL_DEFAULTS = ("decoder", "cfg", "control_cfg", "temperature", "top_k", "top
 @click.option("--class", "class_name", metavar="NAME|ID", help="What to paint; none = whatever fits the control.")
 @click.option("--prompt", metavar="TEXT", help="What to paint, for models that read captions.")
 @click.option("--decoder", metavar="NAME", help="How tokens are decoded [default: the model's].")
-@click.option("--window", type=WINDOW, metavar="W|auto", help="Positions that a pass of the decoder judges [default: the "
-              "decoder's].")
+@click.option("--window", type=WINDOW, metavar="W|auto", help="Positions that a pass of the decoder judges [default: "
+              "the decoder's].")
 @click.option("--lossy", is_flag=True, help="Allow decoders that do not keep the model's law (gsd, zipar).")
 @click.option("--cfg", type=float, metavar="X", help="Guidance scale; 1 is none [default: the model's].")
 @click.option("--cfg-interval", type=INTERVAL, default="0:", metavar="A:B", help="Token positions A to B-1 are guided; "
@@ -126,7 +126,7 @@ def _trace(out: PipelineOutput) -> Any:
 
     if "fixed_at" not in out.stats.extra:
         raise InputError("--trace: this decoder does not report when each token was fixed; leave --trace out")
-    return draw_trace(out.images, out.stats.extra["fixed_at"], tuple(out.latents.shape[2:]))
+    return draw_trace(out.images, out.stats.extra["fixed_at"], (out.latents.shape[2], out.latents.shape[3]))
 
 
 def _paint(pipe: Pipeline, options: dict[str, Any]) -> PipelineOutput:

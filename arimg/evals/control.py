@@ -222,8 +222,8 @@ def _styles(run: HeldOutControl, judge: StyleJudge) -> None:
                                       ("reconstructions", run.reconstructions, chosen),
                                       ("samples", run.samples, chosen),
                                       ("samples of another style", foreign, swapped)):
-        right_N = judge.right(pixels, class_names, name)
-        run.report.add(name, {"style_accuracy": mean_figure(right_N, run.painter.seed)})
+        right = judge.right(pixels, class_names, name)
+        run.report.add(name, {probe: mean_figure(right_N, run.painter.seed) for probe, right_N in right.items()})
     run.score("samples of another style", foreign)
 
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from arimg.errors import ConfigError, InputError
 from arimg.models.base import Condition
-from arimg.models.layers import (
-    EXTENT_STEP, MLP, Attention, Cache, RMSNorm, SequenceCache, SwiGLU, Window, rotary_table_2d)
+from arimg.models.layers import (EXTENT_STEP, MLP, Attention, Cache, RMSNorm, SequenceCache, SwiGLU, Window,
+                                 rotary_table_2d)
 from arimg.noise import CounterNoise, Purpose
 
 
@@ -246,8 +246,8 @@ class ARTransformer(nn.Module):
         return (self._compiled or self._layers)(x_RWD, cache.open(slots_RW, mask_RWW, at_RW), inject_KRWD)
 
     def compile_step(self, **options: Any) -> None:
-        """Compile the layers of `step` with torch.compile(fullgraph=True, **options): one static graph per number of rows
-        and positions, for which passes then read the whole cache. The first pass of each shape takes long."""
+        """Compile the layers of `step` with torch.compile(fullgraph=True, **options): one static graph per number of
+        rows and positions, for which passes then read the whole cache. The first pass of each shape takes long."""
         self.extent_step = sys.maxsize
         self._compiled = torch.compile(self._layers, fullgraph=True, dynamic=False, **options)
 

@@ -170,7 +170,8 @@ class SequenceCache:
     real_RS: Tensor | None = None   # bool, False on padded caption slots; None = all real
 
     def open(self, slots_RW: Tensor, mask_RWW: Tensor | None = None, at_RW: Tensor | None = None) -> Window:
-        """Begin the pass; `at_RW` is None, as there are no scratch slots. Plain causal, minus padded slots, plus the diagonal; `mask_RWW` replaces that rule."""
+        """Begin the pass; `at_RW` is None, as there are no scratch slots. Plain causal, minus padded slots, plus the
+        diagonal; `mask_RWW` replaces that rule."""
         assert at_RW is None
         width = slots_RW.shape[1]
         if mask_RWW is None and self.real_RS is not None:

@@ -20,13 +20,13 @@ from arimg.accel.ar import PlainAR
 from arimg.accel.base import DecodeRequest, Guidance
 from arimg.accel.target import Target
 from arimg.checkpoints import PipelineSettings, load_component, load_state, save_pipeline
+from arimg.data import load_emoji, to_images
 from arimg.errors import ConfigError
 from arimg.images import make_grid, to_pil
 from arimg.models.ar import ARConfig, ARTransformer
 from arimg.models.base import Condition
 from arimg.train.codes import CodeCache
-from arimg.train.data import balanced_indices, batch_rng, to_images
-from arimg.train.emoji import load_emoji
+from arimg.train.data import balanced_indices, batch_rng
 from arimg.train.run import RunConfig
 
 SHOWN = 8           # pictures in a sample grid
@@ -66,8 +66,8 @@ class ARTask(nn.Module):
 
     def forward(self, codes_BL: Tensor, read_BL: Tensor, class_ids_B: Tensor, drop_class_B: Tensor,
                 *control: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Scalar loss and figures: codes_BL are predicted from the codes read_BL before them. Dropped classes become the
-        null class; `control` is what `inject` takes."""
+        """Scalar loss and figures: codes_BL are predicted from the codes read_BL before them. Dropped classes become
+        the null class; `control` is what `inject` takes."""
         condition = self.transformer.drop(Condition(class_ids_B=class_ids_B), drop_class_B)
         logits_BLV = self.transformer(read_BL, condition, self.grid, self.inject(*control))
         return F.cross_entropy(logits_BLV.flatten(0, 1).float(), codes_BL.flatten()), {}
@@ -127,8 +127,8 @@ class ARObjective:
         return codes_BL, read_BL, self.classes(indices), drop_class_B, *self.draw_control(indices, rng)
 
     def perturbed(self, codes_BL: Tensor, rng: np.random.Generator) -> Tensor:
-        """Codes with a share of them, drawn per sample from [0, token_noise), replaced by near ones: the model learns to
-        read its own small errors (as bitwise self-correction does, Han et al. 2024, arXiv:2412.04431, section 3.4)."""
+        """Codes with a share of them, drawn per sample from [0, token_noise), replaced by near ones: the model learns
+        to read its own small errors (as bitwise self-correction does, Han et al. 2024, arXiv:2412.04431)."""
         if not self.config.token_noise:
             return codes_BL
         shape = tuple(codes_BL.shape)

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from arimg.data import to_images
 from arimg.errors import ConfigError
 from arimg.tokenizers.vq import VQTokenizer
-from arimg.train.data import to_images
 
 _UNKNOWN = 65535
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from arimg.control.adapter import ControlAdapter, ControlConfig
+from arimg.data import to_images
 from arimg.errors import ConfigError, UnknownNameError
 from arimg.train.ar import ARObjective, ARRun, ARTask
-from arimg.train.data import to_images
 from arimg.train.maps import check_types, random_map
 
 

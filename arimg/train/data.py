@@ -3,18 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
-from torch import Tensor
 
 
 def batch_rng(seed: int, step: int, rank: int = 0) -> np.random.Generator:
     """The generator of one batch's augmentations."""
     return np.random.default_rng([seed, 2, step, rank])
-
-
-def to_images(pixels_BHW3: np.ndarray) -> Tensor:
-    """uint8 (B, H, W, 3) to float (B, 3, H, W) in [-1, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(pixels_BHW3)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def random_crops(pixels_NHW3: np.ndarray, indices: np.ndarray, crop: int, rng: np.random.Generator) -> np.ndarray:

@@ -26,6 +26,7 @@ from pathlib import Path
 
 import numpy as np
 
+from arimg.data import open_emoji
 from arimg.errors import InputError, MissingExtraError
 from arimg.home import arimg_home
 
@@ -66,18 +67,6 @@ _TONE_IN_NAME = re.compile(r"-(?:tone[1-5]|(?:medium-)?(?:light|dark)(?:-skin-to
 
 
 @dataclass(frozen=True)
-class EmojiSet:
-    """Pictures with labels. Row i of every member is picture i."""
-
-    images: np.ndarray               # (N, S, S, 3) uint8 RGB on white, memory-mapped, read-only
-    labels: np.ndarray               # (N,) int64, index into class_names
-    held_out: np.ndarray             # (N,) bool
-    names: list[str]                 # (N,) icon name in its package
-    class_names: tuple[str, ...]     # CLASS_NAMES at the time of building
-    fingerprint: str                 # equal for two sets of the same pictures in the same order
-
-
-@dataclass(frozen=True)
 class _Package:
     """One npm package in memory."""
 
@@ -98,22 +87,6 @@ class _Package:
 
 
 _Icon = tuple[str, str, str | bytes]     # name, code points ('' when the package does not say), SVG text or WebP file
-
-
-def load_emoji(folder: Path) -> EmojiSet:
-    """Open a folder that `build_emoji` wrote; the pictures stay on disk. Raises InputError when it is not complete."""
-    found = _open(Path(folder))
-    if found is None:
-        raise InputError(f"{folder}: no complete emoji data set; run `arimg data emoji --out {folder}`")
-    items, images = found[0]["items"], found[1]
-    return EmojiSet(
-        images=images,
-        labels=np.array([item["class_id"] for item in items], dtype=np.int64),
-        held_out=np.array([item["split"] == "held_out" for item in items], dtype=bool),
-        names=[item["name"] for item in items],
-        class_names=tuple(found[0]["class_names"]),
-        fingerprint=hashlib.sha256(json.dumps(found[0], sort_keys=True).encode()).hexdigest()[:16],
-    )
 
 
 def build_emoji(out: Path, source: Path | None = None, size: int = 128, progress: bool = True) -> Path:
@@ -381,17 +354,7 @@ def _count(items: list[dict]) -> dict:
             "classes": {name: classes[name] for name in CLASS_NAMES}}
 
 
-def _open(folder: Path) -> tuple[dict, np.ndarray] | None:
-    """The index and the memory-mapped pictures of a data set; None when either is missing or they do not fit."""
-    try:
-        index = json.loads((folder / "index.json").read_bytes())
-        images = np.load(folder / "images.npy", mmap_mode="r")
-        return (index, images) if len(images) == len(index["items"]) else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
 def _is_current(out: Path, expected: dict) -> bool:
     """Whether `out` is complete and its index holds these entries."""
-    found = _open(out)
+    found = open_emoji(out)
     return found is not None and all(found[0].get(name) == value for name, value in expected.items())

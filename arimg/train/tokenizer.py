@@ -14,11 +14,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from arimg.checkpoints import load_component, load_state, save_component
+from arimg.data import load_emoji, to_images
 from arimg.images import make_grid, to_pil
 from arimg.tokenizers.losses import ImageLossConfig, TokenizerLoss, effnet_loss
 from arimg.tokenizers.vq import CodebookUsage, VQConfig, VQTokenizer
-from arimg.train.data import balanced_indices, batch_rng, random_crops, to_images
-from arimg.train.emoji import load_emoji
+from arimg.train.data import balanced_indices, batch_rng, random_crops
 from arimg.train.run import RunConfig
 
 _SHOWN = 16

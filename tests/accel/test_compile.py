@@ -101,8 +101,8 @@ def test_a_pass_waits_for_the_device_once(decoder: SpeculativeJacobi, monkeypatc
 
     monkeypatch.setattr(Tensor, "tolist", counted)
     request = DecodeRequest(toy_classes(3), (4, 4), torch.arange(3), toy_inject(3),
-                            guidance=Guidance(cfg=3.0, control_cfg=2.0, interval=(2, 8)), sampling=Sampling(0.9, 20, 0.9),
-                            forced_BL=torch.full((3, 16), -1))
+                            guidance=Guidance(cfg=3.0, control_cfg=2.0, interval=(2, 8)),
+                            sampling=Sampling(0.9, 20, 0.9), forced_BL=torch.full((3, 16), -1))
     run = decoder.begin(Target(toy_model(), request), request)
     while not run.done:
         before = waits[0]

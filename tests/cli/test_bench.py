@@ -14,9 +14,9 @@ from PIL import Image
 import arimg as arimg_package
 from arimg.checkpoints import save_component
 from arimg.cli import main
+from arimg.data import to_images
 from arimg.tokenizers.base import Encoded
 from arimg.tokenizers.vq import VQConfig, VQTokenizer
-from arimg.train.data import to_images
 from tests.toy import SIDE, toy_folder
 from tests.train.toy_emoji import write_toy_emoji
 

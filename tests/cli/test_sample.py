@@ -166,7 +166,8 @@ def test_decoders_windows_and_their_figures(model: str) -> None:
 
 
 def test_a_lossy_decoder_says_so(model: str) -> None:
-    arimg("sample", "--model", model, "--decoder", "zipar", "--lossy", "--window", "2", "--json", "x.json", "-o", "x.png")
+    arimg("sample", "--model", model, "--decoder", "zipar", "--lossy", "--window", "2", "--json", "x.json",
+          "-o", "x.png")
     assert json.loads(Path("x.json").read_text())["guarantee"] == "none"
     arimg("sample", "--from", "x.png", "-o", "y.png")
     assert pixels("x.png") == pixels("y.png")

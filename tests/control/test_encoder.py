@@ -170,8 +170,8 @@ def test_small_blocks_are_those_of_timm():
     ours = ControlEncoder(config).vit
     for parameter in ours.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
-    theirs = VisionTransformer(img_size=16, patch_size=4, embed_dim=32, depth=3, num_heads=4, mlp_ratio=1.5, num_classes=0,
-                               class_token=False, pos_embed="none", global_pool="")
+    theirs = VisionTransformer(img_size=16, patch_size=4, embed_dim=32, depth=3, num_heads=4, mlp_ratio=1.5,
+                               num_classes=0, class_token=False, pos_embed="none", global_pool="")
     theirs.load_state_dict(ours.state_dict())
     pixels = torch.randn(2, 3, 16, 16)
     x = ours.patch_embed(pixels).flatten(1, 2)
@@ -179,6 +179,6 @@ def test_small_blocks_are_those_of_timm():
 
 
 def test_the_small_encoder_does_not_import_timm():
-    program = ("import sys; from arimg.control.encoder import ControlEncoder, EncoderConfig; ControlEncoder(EncoderConfig()); "
-               "sys.exit('timm' in sys.modules or 'torchvision' in sys.modules)")
+    program = ("import sys; from arimg.control.encoder import ControlEncoder, EncoderConfig; "
+               "ControlEncoder(EncoderConfig()); sys.exit('timm' in sys.modules or 'torchvision' in sys.modules)")
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0

@@ -114,7 +114,8 @@ def test_control_in_full(places: dict[str, str]) -> None:
             "top half, control end 0.5", "left half, canny alone", "left half, half and half",
             "right half, lineart alone", "right half, half and half", "all held-out originals",
             "samples of another style"} == set(results)
-    assert set(results["samples"]) == {"f1", "precision", "recall", "fd_fake", "kid_fake", "style_accuracy"}
+    assert set(results["samples"]) == {"f1", "precision", "recall", "fd_fake", "kid_fake", "style_accuracy",
+                                       "style_accuracy_plain"}
     assert results["strength 1"]["f1"] == results["samples"]["f1"]          # the same pictures, painted again
     assert results["strength 0"]["f1"] != results["samples"]["f1"]
     assert results["originals"]["fd_fake"]["value"] >= 0 and "style_accuracy" in results["reconstructions"]

@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from arimg.accel.acceptance import (Draws, ExactMatch, RatioTest, Verdict, Window, at_codes, leading, one_hot,
-                                    residual)
+from arimg.accel.acceptance import Draws, ExactMatch, RatioTest, Verdict, Window, at_codes, leading, one_hot, residual
 from arimg.accel.base import DecodeRequest
 from arimg.accel.drafts import Blank, RandomCodes
 from arimg.accel.jacobi import Run, Scd, Sjd, SpeculativeJacobi, at_row

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from arimg.accel.ar import PlainAR
-from arimg.accel.base import DecodeRequest, Decoder, Guidance, Sampling
+from arimg.accel.base import Decoder, DecodeRequest, Guidance, Sampling
 from arimg.accel.drafts import INITS
 from arimg.accel.target import Target, branch_scales, filter_probs, mix
 from arimg.models.ar import ARTransformer

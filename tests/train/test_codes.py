@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from arimg.data import to_images
 from arimg.errors import ConfigError
 from arimg.tokenizers.vq import VQConfig, VQTokenizer
 from arimg.train.codes import CodeCache, tokenizer_hash
-from arimg.train.data import to_images
 
 CONFIG = VQConfig(codebook_size=16, codebook_dim=4, base_channels=32, multipliers=(1, 1), res_blocks=1, z_channels=8)
 IMAGES = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3), dtype=np.uint8)

@@ -3,7 +3,8 @@
 import numpy as np
 import torch
 
-from arimg.train.data import balanced_indices, batch_rng, random_crops, to_images
+from arimg.data import to_images
+from arimg.train.data import balanced_indices, batch_rng, random_crops
 
 
 def test_a_batch_is_a_function_of_seed_step_and_rank():

@@ -14,6 +14,7 @@ pytest.importorskip("resvg_py")
 
 from PIL import Image  # noqa: E402
 
+from arimg.data import load_emoji  # noqa: E402
 from arimg.errors import InputError  # noqa: E402
 from arimg.train import emoji  # noqa: E402
 
@@ -89,7 +90,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_loads_what_was_built(built: Path) -> None:
-    loaded = emoji.load_emoji(built)
+    loaded = load_emoji(built)
     assert loaded.images.shape == (len(loaded.names), SIZE, SIZE, 3) and loaded.images.dtype == np.uint8
     assert isinstance(loaded.images, np.memmap) and not loaded.images.flags.writeable
     assert loaded.labels.dtype == np.int64 and loaded.held_out.dtype == bool
@@ -102,7 +103,7 @@ def test_loads_what_was_built(built: Path) -> None:
 def test_classes(built: Path) -> None:
     assert len(emoji.CLASS_NAMES) == 36
     assert emoji.CLASS_NAMES[0] == "noto/smileys" and emoji.CLASS_NAMES[-1] == "fluent3d/flags"
-    loaded = emoji.load_emoji(built)
+    loaded = load_emoji(built)
     classes = {name: emoji.CLASS_NAMES[label] for name, label in zip(loaded.names, loaded.labels)}
     assert classes["1f436"] == "fluent3d/animals"
     assert classes["1f354-fe0f"] == "fluent3d/food"
@@ -121,7 +122,7 @@ def test_index_accounts_for_every_icon(built: Path) -> None:
 
 
 def test_flipped_alias_is_the_mirror_image(built: Path) -> None:
-    loaded = emoji.load_emoji(built)
+    loaded = load_emoji(built)
     wave, mirrored = (loaded.images[loaded.names.index(name)] for name in ("wave", "wave-dark"))
     np.testing.assert_array_equal(wave[:, ::-1], mirrored)
 
@@ -183,7 +184,7 @@ def test_broken_blank_and_repeated_pictures_are_left_out(tmp_path: Path, capsys:
     out = emoji.build_emoji(tmp_path / "out", write_folders(tmp_path / "source", content), SIZE, progress=False)
     counts = read_index(out)["counts"]
     assert counts["broken"] == ["noto/dog", "noto/burger", "fluent3d/1f436"] and counts["duplicates"] == 1
-    assert counts["images"] == len(emoji.load_emoji(out).images) == 21 - 4
+    assert counts["images"] == len(load_emoji(out).images) == 21 - 4
     assert "3 broken noto/dog noto/burger fluent3d/1f436" in capsys.readouterr().err
 
 
@@ -195,7 +196,7 @@ def test_rebuild_does_nothing_until_something_changes(tmp_path: Path, capsys: py
     assert (out / "images.npy").stat().st_mtime_ns == written
     assert capsys.readouterr().err.count("nothing to do") == 2
     emoji.build_emoji(out, source, 2 * SIZE, progress=False)
-    assert emoji.load_emoji(out).images.shape[1:] == (2 * SIZE, 2 * SIZE, 3)
+    assert load_emoji(out).images.shape[1:] == (2 * SIZE, 2 * SIZE, 3)
 
 
 def test_failed_build_leaves_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,7 +208,7 @@ def test_failed_build_leaves_nothing_half_written(tmp_path: Path, monkeypatch: p
         emoji.build_emoji(tmp_path / "out", write_folders(tmp_path / "source", packages()), SIZE, progress=False)
     assert list((tmp_path / "out").iterdir()) == []
     with pytest.raises(InputError, match="no complete emoji data set.*arimg data emoji"):
-        emoji.load_emoji(tmp_path / "out")
+        load_emoji(tmp_path / "out")
 
 
 def test_missing_source(tmp_path: Path) -> None:
