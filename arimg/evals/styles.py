@@ -21,7 +21,7 @@ from arimg.evals.probe import fit_probe
 from arimg.evals.tokenizer_metrics import reconstruct
 
 TRAINING_PICTURES = 4000
-RECONSTRUCTED = 2000            # of these
+RECONSTRUCTED = 1500            # of these
 
 
 class StyleJudge:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from arimg.checkpoints import load_component, load_state, save_component
 from arimg.data import load_emoji, to_images
+from arimg.errors import ConfigError
 from arimg.images import make_grid, to_pil
 from arimg.tokenizers.losses import ImageLossConfig, TokenizerLoss, effnet_loss
 from arimg.tokenizers.vq import CodebookUsage, VQConfig, VQTokenizer
@@ -26,13 +27,20 @@ _SHOWN = 16
 
 @dataclass(frozen=True)
 class TokenizerRun(RunConfig):
-    """A tokenizer run on random crops."""
+    """A tokenizer run on random crops. Raises ConfigError on settings that contradict one another."""
 
     model: VQConfig = field(default_factory=VQConfig)
     crop: int = 64              # pixels
     loss: ImageLossConfig = ImageLossConfig(l1=1.0, l2=1.0, perceptual=0.0, adversarial=0.0)
     revive_every: int = 20      # steps between revivals of codes unused since the last one
     revive_until: int = 700     # step after which the codebook is left alone
+    decoder_only: bool = False  # the codes of every picture stay what they are: a model of them stays valid
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.decoder_only and not self.init_from:
+            raise ConfigError("decoder_only=true: needs a trained encoder and codebook; give init_from=FOLDER, the "
+                              "tokenizer that a run exported")
 
 
 class TokenizerTask(nn.Module):
@@ -64,6 +72,10 @@ class TokenizerObjective:
         self.network = TokenizerTask(config)
         if config.init_from:
             load_state(self.network.tokenizer, load_component(config.init_from).state_dict(), config.init_from)
+        if config.decoder_only:
+            tokenizer = self.network.tokenizer
+            for part in (tokenizer.encoder, tokenizer.quant_conv, tokenizer.quantize):
+                part.requires_grad_(False)
         self.network.to(memory_format=torch.channels_last)
         emoji = load_emoji(config.data.path())
         self.images = emoji.images
@@ -86,7 +98,8 @@ class TokenizerObjective:
     def after_step(self, step: int, network: TokenizerTask) -> dict[str, float]:
         """Count codes; move the dead ones onto latents of the batch."""
         used = self.usage.update(network.last_codes_BL)
-        if step % self.config.revive_every or step > self.config.revive_until:
+        config = self.config
+        if config.decoder_only or step % config.revive_every or step > config.revive_until:
             return {"usage": used}
         with torch.no_grad():
             latents = network.tokenizer.latents(self.batch(step, 0, 1)[0].to(network.last_codes_BL.device))

@@ -10,22 +10,23 @@ from torch import Tensor
 
 from arimg.accel.acceptance import ExactMatch, RatioTest
 from arimg.accel.ar import PlainAR
-from arimg.accel.base import DecodeRequest, DecodeResult, Decoder, Guidance, OnStep, StepInfo
+from arimg.accel.base import Decoder, DecodeRequest, DecodeResult, Guidance, OnStep, StepInfo
 from arimg.accel.drafts import Blank
 from arimg.accel.jacobi import Gsd, Jacobi, Scd, ScdGumbel, Sjd, SpeculativeJacobi
 from arimg.accel.siblings import ScdSiblings
 from arimg.accel.target import Target
 from arimg.accel.windows import FixedWindow
 from arimg.errors import InputError, UnknownNameError
-from tests.models.toy import toy_classes, toy_codes, toy_inject, toy_model
+from tests.exactness.toy import attentive_model, faint_inject
+from tests.models.toy import toy_classes, toy_codes
 
 LENGTH = 16
 FAMILY = [Jacobi, Sjd, Scd, ScdGumbel, ScdSiblings]
 
 
 def decode(decoder: Decoder, batch: int = 3, on_step: OnStep | None = None, **changes: Any) -> DecodeResult:
-    request = DecodeRequest(toy_classes(batch), (4, 4), torch.arange(batch), toy_inject(batch).double(), **changes)
-    return decoder.decode(Target(toy_model().double(), request), request, on_step)
+    request = DecodeRequest(toy_classes(batch), (4, 4), torch.arange(batch), faint_inject(batch), **changes)
+    return decoder.decode(Target(attentive_model(), request), request, on_step)
 
 
 def codes_of(result: DecodeResult) -> Tensor:
@@ -60,7 +61,7 @@ def test_a_window_of_one_takes_a_pass_for_every_code(kind: type[SpeculativeJacob
 @pytest.mark.parametrize("kind", FAMILY)
 def test_one_code_is_drawn_from_the_prefix(kind: type[SpeculativeJacobi]) -> None:
     request = DecodeRequest(toy_classes(3), (1, 1), torch.arange(3))
-    results = [decoder.decode(Target(toy_model(), request), request) for decoder in (kind(4), PlainAR())]
+    results = [decoder.decode(Target(attentive_model(), request), request) for decoder in (kind(4), PlainAR())]
     assert torch.equal(codes_of(results[0]), codes_of(results[1]))
     assert results[0].stats.forward_passes == 1
 
@@ -119,6 +120,14 @@ def test_statistics_say_what_a_row_did() -> None:
     assert stats.accepted_per_pass == tuple(float(fixed_at.count(number))
                                             for number in range(1, stats.forward_passes + 1))
     assert max(stats.extra["widths"]) == 4 and len(stats.extra["widths"]) == stats.forward_passes - 1
+
+
+@pytest.mark.parametrize("kind", FAMILY)
+def test_every_token_says_when_it_was_fixed(kind: type[SpeculativeJacobi]) -> None:
+    result = decode(kind(4), batch=40)
+    for fixed_at in result.stats.extra["fixed_at"]:
+        assert fixed_at[0] == 1 and all(0 <= later - at <= 1 for at, later in zip(fixed_at, fixed_at[1:]))
+    assert max(map(max, result.stats.extra["fixed_at"])) == result.stats.forward_passes
 
 
 def test_a_result_is_not_the_loops_own_tensor() -> None:

@@ -25,8 +25,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from arimg.accel.drafts import Blank, DraftInit
-from arimg.accel.jacobi import Pass, Run, SpeculativeJacobi
+from arimg.accel.jacobi import Run, SpeculativeJacobi
 from arimg.accel.target import Target
+from arimg.accel.windows import Pass
 from arimg.noise import Purpose
 from tests.exactness.tiny import NOTHING, Case
 

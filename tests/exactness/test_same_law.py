@@ -14,7 +14,7 @@ from arimg.accel.base import Guidance, Sampling
 from arimg.accel.drafts import INITS
 from arimg.accel.jacobi import Jacobi, Scd, ScdGumbel, Sjd, SpeculativeJacobi
 from arimg.accel.siblings import ScdSiblings
-from arimg.accel.windows import AdaptiveWindow, PassRecord, nominal_cost
+from arimg.accel.windows import AdaptiveWindow, Pass, nominal_cost
 from arimg.noise import Purpose
 from tests.exactness.harness import Enumeration, Law
 from tests.exactness.reference import enumerate_passes
@@ -50,7 +50,7 @@ def check(decoder: SpeculativeJacobi, case: Case, **options: Any) -> Law:
 
 @every_decoder
 @pytest.mark.parametrize("window", [1, 2, 3, "all"])
-@pytest.mark.parametrize("case", [Case(2, (1, 5)), Case(3, (1, 4)), Case(4, (2, 2))], ids=["2x5", "3x4", "4x2x2"])
+@pytest.mark.parametrize("case", [Case(2, (1, 5)), Case(4, (2, 2))], ids=["2 codes, 1x5", "4 codes, 2x2"])
 def test_every_window(name: str, window: int | str, case: Case) -> None:
     law = check(DECODERS[name](case.length if window == "all" else int(window)), case)
     assert window != 1 or law.passes == pytest.approx(case.length)
@@ -58,7 +58,7 @@ def test_every_window(name: str, window: int | str, case: Case) -> None:
 
 @pytest.mark.slow
 @every_decoder
-@pytest.mark.parametrize("vocab, window, seed", [(3, 2, 1), (3, 3, 1), (3, 5, 1), (3, 5, 2), (4, 2, 0), (4, 3, 0)])
+@pytest.mark.parametrize("vocab, window, seed", [(3, 2, 0), (3, 3, 0), (3, 3, 1), (3, 5, 1), (3, 5, 2), (4, 2, 0), (4, 3, 0)])
 def test_every_window_at_five_codes(name: str, vocab: int, window: int, seed: int) -> None:
     check(DECODERS[name](window), Case(vocab, (1, 5), seed=seed))
 
@@ -108,7 +108,7 @@ class Wave:
 
     widest: int = 3
 
-    def widths(self, fixed: Sequence[int], passes: Sequence[PassRecord], length: int) -> list[int]:
+    def widths(self, fixed: Sequence[int], passes: Sequence[Pass], length: int) -> list[int]:
         """See WindowPolicy."""
         return [1 + (5 * sum(one.counts[row] for one in passes) + 2 * len(passes) + 2) % self.widest
                 for row in range(len(fixed))]
@@ -129,7 +129,7 @@ def test_the_adaptive_window(name: str) -> None:
         return 1 + 0.1 * width
 
     class Watched(AdaptiveWindow):
-        def widths(self, fixed: Sequence[int], passes: Sequence[PassRecord], length: int) -> list[int]:
+        def widths(self, fixed: Sequence[int], passes: Sequence[Pass], length: int) -> list[int]:
             chosen = super().widths(fixed, passes, length)
             seen.update(chosen)
             return chosen
@@ -140,9 +140,8 @@ def test_the_adaptive_window(name: str) -> None:
 
 @pytest.mark.parametrize("siblings", [1, 3])
 def test_number_of_siblings(siblings: int) -> None:
-    for window in (2, 3):
-        check(ScdSiblings(window, siblings=siblings), Case(4, (2, 2), seed=1))
-        check(ScdSiblings(window, "repeat-left", siblings=siblings), Case(3, (1, 4)))
+    check(ScdSiblings(3, siblings=siblings), Case(4, (2, 2), seed=1))
+    check(ScdSiblings(2, "repeat-left", siblings=siblings), Case(3, (1, 4)))
 
 
 @pytest.mark.parametrize("init", INITS)

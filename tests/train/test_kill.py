@@ -75,6 +75,7 @@ def weights(export: Path) -> dict[str, bytes]:
             for key, value in load_file(path).items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", RECIPES)
 def test_killed_and_resumed_equals_uninterrupted(objective: str, home: Path, tokenizer: str) -> None:
     recipe = home / f"{objective}.yaml"
