@@ -97,8 +97,9 @@ class ScdSiblings(SpeculativeJacobi):
         """As SpeculativeJacobi; the code after an accepted sibling is pinned, or final if it is the last."""
         assert isinstance(run, SiblingRun)
         super()._settle(run, widths_B, window, draws, verdict)
-        last_B = run.fixed_B == run.request.length - 1
-        run.fixed_B = run.fixed_B + (run.chosen_B & last_B).long()
+        ends_B = run.chosen_B & (run.fixed_B == run.request.length - 1)
+        run.fixed_B = run.fixed_B + ends_B.long()
+        run.fixed_at_BL[:, -1] = torch.where(ends_B, run.target.forward_passes, run.fixed_at_BL[:, -1])
         run.pinned_B = (run.chosen_B & (run.fixed_B < run.request.length)).long()
 
 

@@ -32,8 +32,12 @@ every_setting = pytest.mark.parametrize("setting, conditioning", [
     ids=[*SETTINGS, "three branches, text"])
 
 
+def small_model(conditioning: str = CLASS) -> ARTransformer:
+    return attentive_model(conditioning=conditioning, layers=2, inject_layers=(0, 1))
+
+
 def request(condition: Condition, **changes: Any) -> DecodeRequest:
-    return DecodeRequest(condition, GRID, 100 + torch.arange(BATCH), faint_inject(BATCH), **changes)
+    return DecodeRequest(condition, GRID, 100 + torch.arange(BATCH), faint_inject(BATCH, points=2), **changes)
 
 
 def rows_of(asked: DecodeRequest, rows: Sequence[int]) -> DecodeRequest:
@@ -54,7 +58,7 @@ def decode(decoder: Decoder, model: ARTransformer, asked: DecodeRequest) -> Tens
 @every_decoder
 @pytest.mark.parametrize("sampling", [Sampling(temperature=0.0), Sampling(top_k=1)], ids=["temperature 0", "top-k 1"])
 def test_greedy_decoding_takes_the_likeliest_codes(name: str, sampling: Sampling) -> None:
-    model, asked = attentive_model(), request(toy_classes(BATCH), guidance=Guidance(2.0, 3.0), sampling=sampling)
+    model, asked = small_model(), request(toy_classes(BATCH), guidance=Guidance(2.0, 3.0), sampling=sampling)
     expected = decode(PlainAR(), model, asked)
     assert torch.equal(fresh_laws(model, asked, expected).argmax(-1), expected)
     for init in INITS if sampling.temperature == 0 else ("carry-law",):
@@ -86,12 +90,13 @@ def fresh_laws(model: ARTransformer, asked: DecodeRequest, codes_BL: Tensor) -> 
 
 
 @every_decoder
-@every_setting
-@pytest.mark.parametrize("window", [5, Wave(6)], ids=["fixed width", "varying width"])
+@pytest.mark.parametrize("setting, conditioning, window", [
+    (SETTINGS["plain"], CLASS, 5), (SETTINGS["three branches"], TEXT, 5), (SETTINGS["interval, filtered"], CLASS, 5),
+    (SETTINGS["three branches"], CLASS, Wave(6))], ids=["plain", "text", "interval, filtered", "varying width"])
 @torch.no_grad()
 def test_laws_are_those_of_a_pass_without_a_cache(name: str, setting: dict[str, Any], conditioning: str,
                                                   window: Any) -> None:
-    model = attentive_model(conditioning=conditioning)
+    model = small_model(conditioning)
     asked = request(toy_classes(BATCH) if conditioning == CLASS else toy_captions(BATCH), **setting)
     target, decoder = Watched(model, asked), DECODERS[name](window)
     run = decoder.begin(target, asked)
@@ -114,7 +119,7 @@ def test_laws_are_those_of_a_pass_without_a_cache(name: str, setting: dict[str, 
 @every_decoder
 @every_setting
 def test_an_image_does_not_depend_on_its_batch(name: str, setting: dict[str, Any], conditioning: str) -> None:
-    model, decoder = attentive_model(conditioning=conditioning), DECODERS[name](5)
+    model, decoder = small_model(conditioning), DECODERS[name](5)
     asked = request(toy_classes(BATCH) if conditioning == CLASS else toy_captions(BATCH), **setting)
     together = decode(decoder, model, asked)
     alone = torch.cat([decode(decoder, model, rows_of(asked, [row])) for row in (0, 2)])
@@ -127,7 +132,7 @@ def test_an_image_does_not_depend_on_its_batch(name: str, setting: dict[str, Any
 
 @every_decoder
 def test_a_decoder_remembers_nothing(name: str) -> None:
-    model, decoder = attentive_model(), DECODERS[name](5)
+    model, decoder = small_model(), DECODERS[name](5)
     asked = request(toy_classes(BATCH))
     first = decode(decoder, model, asked)
     decode(decoder, model, replace(asked, seeds_B=torch.arange(BATCH), inject_KBLD=None))
@@ -136,7 +141,7 @@ def test_a_decoder_remembers_nothing(name: str) -> None:
 
 @every_decoder
 def test_statistics_of_passes(name: str) -> None:
-    model, asked = attentive_model(), request(toy_classes(BATCH))
+    model, asked = small_model(), request(toy_classes(BATCH))
     result = DECODERS[name](5).decode(Target(model, asked), asked)
     stats = result.stats
     assert len(stats.accepted_per_pass) == stats.forward_passes < LENGTH

@@ -98,7 +98,7 @@ def combinations() -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("guidance", GUIDANCE.values(), ids=GUIDANCE)
-@pytest.mark.parametrize("window, drafts, seeds", combinations())
+@pytest.mark.parametrize("window, drafts, seeds", list(combinations()))
 def test_same_codes(window: int, drafts: str, seeds: range, guidance: Guidance) -> None:
     result = jacobi(seeds, window, drafts, guidance)
     assert torch.equal(codes_of(result), plain_codes(guidance)[list(seeds)])
