@@ -44,7 +44,7 @@ class CallOptions:
 
     control: Any = None
     control_from: Any = None                                # photo(s) whose maps are extracted first
-    control_type: str | Sequence[str] | None = None         # None = the type that the model was trained on
+    control_type: str | Sequence[str] | None = None         # None = the first that the model was trained on
     control_scale: float | Sequence[float] = 1.0
     control_start: float | Sequence[float] = 0.0            # parts of the raster order
     control_end: float | Sequence[float] = 1.0

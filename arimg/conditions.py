@@ -168,12 +168,15 @@ def _check_no_details(options: CallOptions) -> None:
 
 
 def checked_type(name: str | None, trained: Sequence[str]) -> str:
-    """`name`, or the one type in `trained`. Raises UnknownNameError, and InputError on a type the model never saw."""
+    """`name`, or the first type in `trained`, with a notice when there are others. Raises UnknownNameError, and
+    InputError on a type the model never saw."""
     if name is None:
-        if len(trained) == 1:
-            return trained[0]
-        raise InputError("control_type is missing; this model was trained on "
-                         f"{', '.join(trained) or 'types it does not name'}: say which one the image is")
+        if not trained:
+            raise InputError("control_type is missing, and this model does not name the types it was trained on: say "
+                             "what the image shows, for example canny")
+        if len(trained) > 1:
+            log.warning("control type not given: the image is read as %s (of %s)", trained[0], ", ".join(trained))
+        return trained[0]
     CONTROLS.check(name)
     if trained and name not in trained:
         raise InputError(f"control type {name!r}: this model was trained on {', '.join(trained)}; use one of these")

@@ -115,7 +115,9 @@ class DecodeResult:
 class Decoder(Protocol):
     """Turns a request into codes. `guarantee` is relative to the plain decoder of the same model."""
 
-    guarantee: Guarantee
+    @property
+    def guarantee(self) -> Guarantee:
+        """What it promises."""
 
     def decode(self, target: "Target", request: DecodeRequest, on_step: OnStep | None = None) -> DecodeResult:
         """Decode one batch."""

@@ -30,7 +30,7 @@ from arimg.pipeline import Pipeline
 from arimg.registry import DECODERS
 
 ORACLE = "ar"           # the plain decoder, which the others are compared with
-WHITE = 250             # an image token is white when all pixels of its patch are at least this bright
+WHITE = 240             # an image token is white when all pixels of its patch are at least this bright
 
 _log = logging.getLogger("arimg")
 

@@ -26,7 +26,7 @@ _MODEL_DEFAULTS = ("decoder", "cfg", "control_cfg", "temperature", "top_k", "top
 @click.option("--control-from", multiple=True, metavar="PHOTO", help="A photo whose control image is extracted first; "
               "pairs up after all --control.")
 @click.option("--control-type", multiple=True, metavar="TYPE", help="What the control image shows, for example canny "
-              "[default: the type the model was trained on].")
+              "[default: the first that the model was trained on].")
 @click.option("--control-scale", multiple=True, type=float, help="Strength of the control; 0 is none [default: 1].")
 @click.option("--control-start", multiple=True, type=float, help="Part of the picture (raster order) where the control "
               "begins [default: 0].")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from tests.exactness.toy import attentive_model, faint_inject
 from tests.models.toy import toy_classes, toy_codes
 
 LENGTH = 16
-FAMILY = [Jacobi, Sjd, Scd, ScdGumbel, ScdSiblings]
+FAMILY: list[Callable[..., SpeculativeJacobi]] = [Jacobi, Sjd, Scd, ScdGumbel, ScdSiblings]
 
 
 def decode(decoder: Decoder, batch: int = 3, on_step: OnStep | None = None, **changes: Any) -> DecodeResult:
@@ -35,7 +36,7 @@ def codes_of(result: DecodeResult) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", FAMILY)
-def test_forced_codes_are_kept_and_read(kind: type[SpeculativeJacobi]) -> None:
+def test_forced_codes_are_kept_and_read(kind: Callable[..., SpeculativeJacobi]) -> None:
     forced = torch.full((3, LENGTH), -1)
     forced[0, :8] = toy_codes(1)[0, :8]
     forced[1, 0], forced[1, LENGTH - 1] = 3, 4
@@ -45,21 +46,21 @@ def test_forced_codes_are_kept_and_read(kind: type[SpeculativeJacobi]) -> None:
 
 
 @pytest.mark.parametrize("kind", FAMILY)
-def test_everything_forced_takes_the_fewest_passes(kind: type[SpeculativeJacobi]) -> None:
+def test_everything_forced_takes_the_fewest_passes(kind: Callable[..., SpeculativeJacobi]) -> None:
     result = decode(kind(5), forced_BL=toy_codes(3))
     assert torch.equal(codes_of(result), toy_codes(3))
     assert result.stats.forward_passes == 1 + 3
 
 
 @pytest.mark.parametrize("kind", FAMILY)
-def test_a_window_of_one_takes_a_pass_for_every_code(kind: type[SpeculativeJacobi]) -> None:
+def test_a_window_of_one_takes_a_pass_for_every_code(kind: Callable[..., SpeculativeJacobi]) -> None:
     result = decode(kind(1))
     assert result.stats.forward_passes == LENGTH and result.stats.accepted_per_pass == (1.0,) * LENGTH
     assert result.stats.extra["fixed_at"] == [list(range(1, LENGTH + 1))] * 3
 
 
 @pytest.mark.parametrize("kind", FAMILY)
-def test_one_code_is_drawn_from_the_prefix(kind: type[SpeculativeJacobi]) -> None:
+def test_one_code_is_drawn_from_the_prefix(kind: Callable[..., SpeculativeJacobi]) -> None:
     request = DecodeRequest(toy_classes(3), (1, 1), torch.arange(3))
     results = [decoder.decode(Target(attentive_model(), request), request) for decoder in (kind(4), PlainAR())]
     assert torch.equal(codes_of(results[0]), codes_of(results[1]))
@@ -123,7 +124,7 @@ def test_statistics_say_what_a_row_did() -> None:
 
 
 @pytest.mark.parametrize("kind", FAMILY)
-def test_every_token_says_when_it_was_fixed(kind: type[SpeculativeJacobi]) -> None:
+def test_every_token_says_when_it_was_fixed(kind: Callable[..., SpeculativeJacobi]) -> None:
     result = decode(kind(4), batch=40)
     for fixed_at in result.stats.extra["fixed_at"]:
         assert fixed_at[0] == 1 and all(0 <= later - at <= 1 for at, later in zip(fixed_at, fixed_at[1:]))

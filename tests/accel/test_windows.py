@@ -41,7 +41,7 @@ def test_no_row_depends_on_its_neighbours(policy: FixedWindow | AdaptiveWindow) 
 
 
 def test_survival_by_hand() -> None:
-    """Passes of width 3: two drafts judged at most. With one pseudo-observation: (held + chance before) / (tried + 1)."""
+    """Passes of width 3 judge two drafts at most. Each chance is (held + the chance before) / (tried + 1)."""
     assert survivals([], 3) == [0.5, 0.25]
     assert survivals([(3, 1)], 3) == [0.25, 0.25 * 0.25]                       # the first draft failed
     assert survivals([(3, 2)], 3) == [0.75, 0.75 * 0.375]                      # the second failed

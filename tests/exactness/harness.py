@@ -78,7 +78,8 @@ def untouched(rows: int, length: int) -> Tensor:
 
 
 class Fork(Exception):
-    """A draw without a scripted outcome. Outcome o of an entry has the piece [low, high) of the known interval."""
+    """A draw without a scripted outcome. Outcome o of an entry has the piece [low, high) of the known interval.
+    Position L stands for entries that mean nothing."""
 
     def __init__(self, key: Key, length: int, positions_RW: Tensor, low_RWO: Tensor, high_RWO: Tensor,
                  known_RW: Tensor) -> None:
@@ -95,11 +96,16 @@ class EveryOutcome:
         self.states: States | None = None
         self.calls = 0
         self.wanted_RW: Tensor | None = None        # None = all
-        self.spent: set[Key] = set()        # keys that belong to earlier passes
+        self.drawn, self.spent = set[Key](), set[Key]()     # keys other than draw 0: of this pass, of earlier ones
 
     def attend(self, states: States | None) -> None:
         """Begin a pass of these states."""
-        self.states, self.calls = states, 0
+        self.states, self.calls, self.wanted_RW = states, 0, None
+
+    def close(self) -> None:
+        """All states have passed. What was drawn for this pass alone may not be asked again."""
+        self.spent |= self.drawn
+        self.drawn.clear()
 
     def categorical(self, p_BWV: Tensor, seeds_B: Tensor, positions_BW: Tensor, purpose: Purpose = Purpose.SAMPLE,
                     draw: int = 0) -> Tensor:
@@ -118,6 +124,8 @@ class EveryOutcome:
         assert torch.equal(seeds_B, torch.arange(len(seeds_B))) and len(seeds_B) == len(self.states.cache_RGN)
         assert p_BWO.dtype == torch.float64 and positions_BW.shape == p_BWO.shape[:2]
         assert key not in self.spent, f"{key} was drawn in an earlier pass"
+        if key[1] != 0:
+            self.drawn.add(key)
         if self.calls == len(self.states.script):
             fork = self._fork(p_BWO, positions_BW, key)
             possible_RWO = fork.high_RWO > fork.low_RWO
@@ -144,6 +152,7 @@ class EveryOutcome:
         known_RW2 = torch.where(real_RW1, known_RW2, torch.tensor([0.0, 1.0], dtype=torch.float64))
         low_RWO = torch.maximum(F.pad(upper_RWO[..., :-1], (1, 0)), known_RW2[..., :1])
         high_RWO = torch.minimum(upper_RWO, known_RW2[..., 1:])
+        positions_RW = torch.where(real_RW1[..., 0], positions_RW, self.length)
         return Fork(key, self.length, positions_RW, low_RWO, high_RWO, known_RW2[..., 1] - known_RW2[..., 0])
 
 
@@ -170,7 +179,7 @@ class Law:
 
     codes_C: Tensor
     passes: float
-    ends: States        # all finished decodes, not merged when the hidden numbers were kept
+    ends: States        # finished decodes with the number of their last pass
 
     def distance(self, case: Case) -> float:
         """Total variation to the chain rule."""
@@ -192,7 +201,6 @@ class Enumeration:
         self.noise = EveryOutcome(case.length)
         self.decoder.init = WantedDrafts(decoder.init, self.noise)
         self.turn = 0
-        self.most = 0       # decodes side by side
 
     @torch.no_grad()
     def law(self) -> Law:
@@ -205,15 +213,17 @@ class Enumeration:
         while len(states.weight_S):
             self.turn += 1
             assert self.turn <= length, "no progress"
-            parts = [part for group in self._groups(states) for part in self._explore(group)]
-            self.noise.spent |= {key for part in parts for key in part.hidden if key[1] != 0}
-            states = self._merged(cat([self._reduced(part) for part in parts]))
+            parts = [self._merged(self._reduced(part)) for group in self._groups(states)
+                     for part in self._explore(group)]
+            self.noise.close()
+            states = self._merged(cat(parts))
             done_S = (states.by_decode(states.run["fixed"]) >= length).all(1)
             finished, states = states.pick(done_S.nonzero()[:, 0]), states.pick((~done_S).nonzero()[:, 0])
             cells_S = (finished.by_decode(finished.run["codes_BN"][:, :length]) * radix).sum(1)
             codes_C.index_add_(0, cells_S, finished.weight_S)
             passes += float(finished.weight_S.sum()) * self.turn
-            ends.append(replace(finished, run={"codes_BN": finished.run["codes_BN"]}))
+            turn_R = torch.full_like(finished.run["fixed_B"], self.turn)
+            ends.append(replace(finished, run={"codes_BN": finished.run["codes_BN"], "turn": turn_R}))
         return Law(codes_C, passes, cat(ends))
 
     def _groups(self, states: States) -> Iterator[States]:
@@ -226,11 +236,10 @@ class Enumeration:
 
     def _explore(self, states: States) -> Iterator[States]:
         """All states after one pass."""
-        self.most = max(self.most, len(states.weight_S))
         try:
             run = self._pass(states)
         except Fork as fork:
-            grown = _branched(states, fork)
+            grown = branched(states, fork)
             for first in range(0, len(grown.weight_S), LIMIT):
                 yield from self._explore(grown.pick(torch.arange(first, min(first + LIMIT, len(grown.weight_S)))))
         else:
@@ -242,7 +251,6 @@ class Enumeration:
         request = self.case.request(images_R, self.noise)
         target = Target(self.case.net, request)
         self.noise.attend(None if states.run else states)
-        self.noise.wanted_RW = None
         run = self.decoder.begin(target, request)
         if states.run:
             self._resume(run, states)
@@ -254,7 +262,7 @@ class Enumeration:
         """Put the states into a fresh run of as many rows."""
         for name, value in states.run.items():
             if name == "passes":
-                value = [Pass(*both, 0.0) for both in value.permute(1, 2, 0).tolist()]
+                value = [Pass(widths, counts, 0.0) for widths, counts in value.permute(1, 2, 0).tolist()]
             elif name == "fixed":
                 value = value.tolist()
             setattr(run, name, value.clone() if isinstance(value, Tensor) else value)
@@ -291,7 +299,7 @@ class Enumeration:
             run["passes"] = run["passes"][:, :0]
         slot_N = torch.arange(states.cache_RGN.shape[2])
         cache_RGN = states.cache_RGN.masked_fill((slot_N >= fixed_R1)[:, None], NOTHING)
-        hidden = {key: value for key, value in states.hidden.items() if key not in self.noise.spent}
+        hidden = {key: value for key, value in states.hidden.items() if key[1] == 0}
         if not self.keep:
             open_RL1 = (torch.arange(length) >= fixed_R1)[..., None]
             hidden = {key: torch.where(open_RL1, value, untouched(*value.shape[:2])) for key, value in hidden.items()}
@@ -314,7 +322,7 @@ class Enumeration:
         return replace(states.pick(one), weight_S=weight)
 
 
-def _branched(states: States, fork: Fork) -> States:
+def branched(states: States, fork: Fork) -> States:
     """Every decode once for each combination of outcomes of its draws."""
     low_SEO, high_SEO = (values.reshape(len(states.weight_S), -1, values.shape[-1])
                          for values in (fork.low_RWO, fork.high_RWO))
@@ -334,7 +342,7 @@ def _branched(states: States, fork: Fork) -> States:
     known_RL2 = grown.hidden.get(fork.key)
     if known_RL2 is None:
         known_RL2 = untouched(rows, fork.length)
-    where_RW12 = fork.positions_RW.reshape(len(count_SE), -1)[parent_X].reshape(rows, width).clamp_max(fork.length)
+    where_RW12 = fork.positions_RW.reshape(len(count_SE), -1)[parent_X].reshape(rows, width)
     piece_RW2 = torch.stack([low_XE, high_XE], dim=-1).reshape(rows, width, 2)
     known_RN2 = F.pad(known_RL2, (0, 0, 0, 1)).scatter(1, where_RW12[..., None].expand(-1, -1, 2), piece_RW2)
     return replace(grown, weight_S=grown.weight_S * chance_X,

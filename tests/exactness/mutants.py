@@ -202,6 +202,24 @@ class StuckNoise(RatioTest):
         return super().judge(window, StuckDraws(draws.request, draws.positions_BW, draws.turn))
 
 
+@dataclass(frozen=True)
+class SharedDraws(Draws):
+    """Residuals are drawn with the noise that has drawn the draft."""
+
+    def fresh(self, p_BWV: Tensor) -> Tensor:
+        return self.shared(p_BWV)
+
+
+class SharedResidual(RatioTest):
+    """Gumbel sharing on SharedDraws."""
+
+    def __init__(self) -> None:
+        super().__init__("gumbel")
+
+    def judge(self, window: Window, draws: Draws) -> Verdict:
+        return super().judge(window, SharedDraws(draws.request, draws.positions_BW, draws.turn))
+
+
 class Multiplier(RatioTest):
     """Acceptance probabilities times a factor (COOL-SD in spirit)."""
 

@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from arimg.accel.base import Decoder
-from arimg.accel.jacobi import Jacobi, Scd, ScdGumbel, Sjd
+from arimg.accel.jacobi import Jacobi, Scd, ScdGumbel, Sjd, SpeculativeJacobi
 from arimg.accel.siblings import ScdSiblings
 from arimg.accel.target import Target
 from arimg.noise import CounterNoise
@@ -19,13 +18,13 @@ from tests.exactness.tiny import Case
 CASE = Case(4, (1, 5))
 CELLS = CASE.vocab ** CASE.length
 BATCH, BATCHES = 50_000, 6
-DECODERS: dict[str, Callable[[], Decoder]] = {
+DECODERS: dict[str, Callable[[], SpeculativeJacobi]] = {
     "jacobi": lambda: Jacobi(3), "sjd": lambda: Sjd(3, "uniform-law"), "scd": lambda: Scd(3),
     "scd-gumbel": lambda: ScdGumbel(3), "scd-siblings": lambda: ScdSiblings(3)}
 
 
 @torch.no_grad()
-def counts(decoder: Decoder) -> Tensor:
+def counts(decoder: SpeculativeJacobi) -> Tensor:
     """How often each sequence of codes came up."""
     found = torch.zeros(CELLS, dtype=torch.int64)
     for number in range(BATCHES):

@@ -16,8 +16,8 @@ from arimg.accel.jacobi import Gsd, Scd, SpeculativeJacobi
 from arimg.accel.target import filter_probs
 from tests.exactness.harness import Enumeration, Law
 from tests.exactness.mutants import (BlockTest, ForgottenLaw, GenerousMatch, MinCommit, MislabelledDraft, Multiplier,
-                                     ReplacedSiblings, ResidualSiblings, StaleLaw, StuckNoise, ThresholdReuse,
-                                     Truncated)
+                                     ReplacedSiblings, ResidualSiblings, SharedResidual, StaleLaw, StuckNoise,
+                                     ThresholdReuse, Truncated)
 from tests.exactness.tiny import Case
 
 CODEBOOK = SimpleNamespace(codebook_VC=0.1 * torch.randn(3, 2, generator=torch.Generator().manual_seed(0)))
@@ -41,6 +41,7 @@ BIASED: dict[str, tuple[Callable[[], SpeculativeJacobi], Case]] = {
     "common commit, old law": (lambda: MinCommit(3, stale=True), PAIR),
     "uniform draft called something else": (lambda: SpeculativeJacobi(RatioTest("max"), 3, MislabelledDraft()), LINE),
     "one acceptance noise for all passes": (lambda: with_rule(StuckNoise("max")), LINE),
+    "residual with the draft's own noise": (lambda: with_rule(SharedResidual()), LINE),
     "grouped test": (lambda: Gsd(3, "carry-law"), LINE),
     "multiplied acceptance": (lambda: with_rule(Multiplier("max")), LINE),
     "likely drafts kept by exact match": (lambda: with_rule(GenerousMatch()), LINE),

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
+from arimg.accel.ar import PlainAR
 from arimg.accel.base import Guidance, Sampling
 from arimg.accel.drafts import INITS
 from arimg.accel.jacobi import Jacobi, Scd, ScdGumbel, Sjd, SpeculativeJacobi
 from arimg.accel.siblings import ScdSiblings
+from arimg.accel.target import Target
 from arimg.accel.windows import AdaptiveWindow, Pass, nominal_cost
 from arimg.noise import Purpose
 from tests.exactness.harness import Enumeration, Law
 from tests.exactness.reference import enumerate_passes
 from tests.exactness.tiny import Case
 
-DECODERS: dict[str, type[SpeculativeJacobi]] = {
+DECODERS: dict[str, Callable[..., SpeculativeJacobi]] = {
     "jacobi": Jacobi, "sjd": Sjd, "scd": Scd, "scd-gumbel": ScdGumbel, "scd-siblings": ScdSiblings}
 SETTINGS = {
     "guided": Case(3, (2, 2), guidance=Guidance(3.0)),
@@ -58,7 +61,8 @@ def test_every_window(name: str, window: int | str, case: Case) -> None:
 
 @pytest.mark.slow
 @every_decoder
-@pytest.mark.parametrize("vocab, window, seed", [(3, 2, 0), (3, 3, 0), (3, 3, 1), (3, 5, 1), (3, 5, 2), (4, 2, 0), (4, 3, 0)])
+@pytest.mark.parametrize("vocab, window, seed", [
+    (3, 2, 0), (3, 3, 0), (3, 3, 1), (3, 5, 1), (3, 5, 2), (4, 2, 0), (4, 3, 0)])
 def test_every_window_at_five_codes(name: str, vocab: int, window: int, seed: int) -> None:
     check(DECODERS[name](window), Case(vocab, (1, 5), seed=seed))
 
@@ -144,18 +148,41 @@ def test_number_of_siblings(siblings: int) -> None:
     check(ScdSiblings(2, "repeat-left", siblings=siblings), Case(3, (1, 4)))
 
 
+@dataclass(frozen=True)
+class Given:
+    """Noise whose uniform numbers are given, (B, L) for each purpose."""
+
+    numbers: dict[Purpose, Tensor]
+
+    def categorical(self, p_BWV: Tensor, seeds_B: Tensor, positions_BW: Tensor, purpose: Purpose = Purpose.SAMPLE,
+                    draw: int = 0) -> Tensor:
+        """See CounterNoise."""
+        numbers_BL = self.numbers[purpose]
+        number_BW = numbers_BL.gather(1, positions_BW.clamp_max(numbers_BL.shape[1] - 1))
+        return (p_BWV.cumsum(-1) < number_BW[..., None]).sum(-1).clamp_max(p_BWV.shape[-1] - 1)
+
+
 @pytest.mark.parametrize("init", INITS)
 @pytest.mark.parametrize("case", [Case(2, (1, 5)), Case(3, (2, 2), controlled=True, guidance=Guidance(2.0, 3.0))],
                          ids=["plain", "guided"])
 def test_jacobi_maps_every_hidden_number_to_plain_decodings_code(init: str, case: Case) -> None:
-    """Not only the law: wherever the uniform numbers behind the draws lie, the codes are plain decoding's for them."""
+    """Not only the law: wherever the uniform numbers behind the draws lie, the codes are plain decoding's for them. And
+    the harness tells the truth: a decode with numbers from the middle of where they lie takes that many passes."""
     ends = check(Jacobi(3, init), case, keep=True).ends
     low_SL, high_SL = ends.hidden[Purpose.SAMPLE, 0].unbind(-1)
     codes_SL = ends.run["codes_BN"][:, :case.length]
     plain = {codes: case.pieces(codes) for codes in map(tuple, codes_SL.unique(dim=0).tolist())}
     pieces_SL2 = torch.tensor([plain[tuple(codes)] for codes in codes_SL.tolist()], dtype=torch.float64)
-    assert bool((low_SL < high_SL).all())
     assert bool((pieces_SL2[..., 0] <= low_SL + 1e-12).all() and (high_SL <= pieces_SL2[..., 1] + 1e-12).all())
+    volume_S = torch.stack([(known.diff(dim=-1)).flatten(1).prod(1) for known in ends.hidden.values()]).prod(0)
+    torch.testing.assert_close(volume_S, ends.weight_S, rtol=0, atol=1e-12)
+    noise = Given({purpose: known.mean(-1) for (purpose, _), known in ends.hidden.items()})
+    request = case.request(torch.zeros(len(codes_SL), dtype=torch.int64), noise)
+    plain_codes = PlainAR().decode(Target(case.net, request), request).codes_BL
+    result = Jacobi(3, init).decode(Target(case.net, request), request)
+    assert plain_codes is not None and torch.equal(plain_codes, codes_SL)
+    assert result.codes_BL is not None and torch.equal(result.codes_BL, codes_SL)
+    assert [row[-1] for row in result.stats.extra["fixed_at"]] == ends.run["turn"].tolist()
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -11,7 +13,7 @@ from arimg.accel.base import Guidance
 from arimg.accel.jacobi import SpeculativeJacobi
 from arimg.accel.target import Target
 from arimg.noise import CounterNoise, Purpose
-from tests.exactness.harness import Enumeration, EveryOutcome, Fork, States
+from tests.exactness.harness import Enumeration, EveryOutcome, Fork, States, branched
 from tests.exactness.tiny import Case, TableCache, TableNet
 
 
@@ -75,6 +77,19 @@ def test_outcomes_are_pieces_of_what_is_known() -> None:
     assert noise.states is not None
     noise.states.hidden[Purpose.SAMPLE, 0] = torch.tensor([[[0.25, 1], [0, 1]]], dtype=torch.float64)
     assert noise.categorical(law, torch.tensor([0]), at).tolist() == [[1, 0]]
+
+
+def test_a_draw_that_nobody_wants_leaves_its_number_alone() -> None:
+    noise, at = EveryOutcome(length=2), torch.tensor([[0, 1]])
+    known, law = torch.tensor([[[0.5, 1], [0, 1]]], dtype=torch.float64), torch.full((1, 2, 2), 0.5).double()
+    noise.attend(replace(states(1), hidden={(Purpose.SAMPLE, 0): known}))
+    noise.wanted_RW = torch.tensor([[False, True]])
+    assert noise.states is not None
+    with pytest.raises(Fork) as drawn:
+        noise.categorical(law, torch.tensor([0]), at)
+    after = branched(noise.states, drawn.value)
+    assert after.hidden[Purpose.SAMPLE, 0].tolist() == [[[0.5, 1], [0, 0.5]], [[0.5, 1], [0.5, 1]]]
+    assert after.weight_S.tolist() == [0.5, 0.5] and after.script[0].tolist() == [[0, 0], [0, 1]]
 
 
 class YesterdaysNoise(RatioTest):

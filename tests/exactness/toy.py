@@ -18,9 +18,9 @@ def attentive_model(**changes: Any) -> ARTransformer:
     with torch.no_grad():
         model.tok_embeddings.weight.mul_(2)
         model.output.weight.mul_(10)
-        for layer in model.layers:
-            layer.attention.wqkv.weight.mul_(4)
-            layer.attention.wo.weight.mul_(4)
+        for name, weight in model.named_parameters():
+            if ".attention.w" in name:
+                weight.mul_(4)
     return model
 
 
