@@ -186,7 +186,7 @@ def _result(run: Run) -> DecodeResult:
 class Jacobi(SpeculativeJacobi):
     """Exact Jacobi decoding: the codes of plain decoding for the same seeds, in fewer passes."""
 
-    def __init__(self, window: int | str | WindowPolicy = "auto", init: str | DraftInit = "carry-law") -> None:
+    def __init__(self, window: int | str | WindowPolicy = "auto", init: str | DraftInit = "repeat-up") -> None:
         super().__init__(ExactMatch(), window, init)
 
 
