@@ -8,8 +8,9 @@ from pathlib import Path
 from arimg import Pipeline, images
 
 ROWS = {
-    "canny.png": "animals", "canny-lion.png": "animals", "canny-mouse.png": "animals", "canny-sunflower.png": "animals",
-    "canny-strawberry.png": "food", "canny-doughnut.png": "food",
+    "canny.png": "animals", "canny-lion.png": "animals", "canny-doughnut.png": "food", "softedge-lion.png": "animals",
+    "lineart-sunflower.png": "animals", "drawn-fish.png": "animals", "color-lion.png": "animals",
+    "color-strawberry.png": "food",
 }
 STYLES = ("noto", "twemoji", "fluent", "fluent3d")
 
@@ -24,8 +25,9 @@ def main() -> None:
     tiles = []
     for name, group in ROWS.items():
         control = images.load_image(Path("examples") / name)
+        kind = name.removesuffix(".png").split("-")[0].replace("drawn", "lineart")
         classes = [f"{style}/{group}" for style in STYLES]
-        tiles += [control, *pipe(control=control, class_name=classes, n=2).images]
+        tiles += [control, *pipe(control=control, control_type=kind, class_name=classes, n=2).images]
     images.save_image(images.make_grid(tiles, columns=1 + 2 * len(STYLES)), arguments.output)
 
 

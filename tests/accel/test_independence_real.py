@@ -38,7 +38,7 @@ class WatchingTarget(Target):
 
 def gap_at(pipe: Pipeline, seed: int, codes_L: Tensor, position: int) -> float:
     """The gap of the draw at `position`, after the codes before it."""
-    options = {"control": CONTROL, "class_id": 0, "seed": seed, "forced": codes_L}
+    options = {"control": CONTROL, "control_type": "canny", "class_id": 0, "seed": seed, "forced": codes_L}
     request, _ = pipe._request(call_options(options, pipe.settings))
     target = WatchingTarget(pipe.transformer, request)
     with torch.no_grad():
@@ -49,13 +49,14 @@ def gap_at(pipe: Pipeline, seed: int, codes_L: Tensor, position: int) -> float:
 def divergences(pipe: Pipeline) -> dict[str, float]:
     """"seed, batch" -> gap at the first differing position, for all pictures that differ from the one painted alone."""
     def paint(*seeds: int) -> Tensor:
-        codes_BL: Tensor = pipe(CONTROL, class_id=0, seeds=seeds, decoder="ar", output_type="latent").codes
+        out = pipe(CONTROL, control_type="canny", class_id=0, seeds=seeds, decoder="ar", output_type="latent")
+        codes_BL: Tensor = out.codes
         return codes_BL
 
     alone = torch.cat([paint(seed) for seed in SEEDS])
     batches = {"batch of 16": paint(*SEEDS), "batch of 16 in reverse": paint(*SEEDS[::-1]).flip(0),
                "two batches of 8": torch.cat([paint(*SEEDS[:8]), paint(*SEEDS[8:])])}
-    pipe(OTHER_CONTROL, class_id=0, seeds=SEEDS[:1], decoder="ar", output_type="latent")
+    pipe(OTHER_CONTROL, control_type="canny", class_id=0, seeds=SEEDS[:1], decoder="ar", output_type="latent")
     batches["batch of 16 again, after another control"] = paint(*SEEDS)
     found = {}
     for name, codes_BL in batches.items():

@@ -39,7 +39,8 @@ def divergences(pipe: Pipeline, seeds: int, windows: tuple[int, ...] = WINDOWS) 
     """All pictures with seeds 0 .. seeds-1, with and without control, that a window paints otherwise than `ar`."""
     found = []
     for control in (None, CONTROL):
-        options = {"control": control, "class_id": 0, "seeds": range(seeds), "output_type": "latent"}
+        options = {"control": control, "control_type": control and "canny", "class_id": 0, "seeds": range(seeds),
+                   "output_type": "latent"}
         plain_BL = pipe(decoder="ar", **options).codes
         gaps_BL = None
         for window in windows:
