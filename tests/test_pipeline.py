@@ -293,11 +293,12 @@ def test_a_model_without_control() -> None:
         toy_pipeline(control=None, inject_layers=())(MAP)
 
 
-def test_a_model_of_several_types() -> None:
+def test_a_model_of_several_types(caplog: pytest.LogCaptureFixture) -> None:
     pipe = toy_pipeline(control=ControlConfig(**{**CONTROL.__dict__, "types": ("canny", "depth")}))
     assert codes(pipe, control=MAP, control_type="canny") != codes(pipe, control=MAP, control_type="depth")
-    with pytest.raises(InputError, match="trained on canny, depth: say which"):
-        pipe(MAP)
+    with caplog.at_level(logging.WARNING, "arimg"):
+        assert codes(pipe, control=MAP) == codes(pipe, control=MAP, control_type="canny")
+    assert "control type not given: the image is read as canny (of canny, depth)" in caplog.text
 
 
 # ---------------------------------------------------------------------------------------------------------------------

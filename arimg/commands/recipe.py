@@ -28,7 +28,7 @@ def record(options: dict[str, Any], sources: Sequence[str | None], maps: Sequenc
     from arimg.images import to_pil
 
     typed = {name: _as_typed(name, value) for name, value in sorted(options.items())
-             if name not in _CALLERS and value not in (None, (), False)}
+             if name not in _CALLERS and value is not False and value not in (None, ())}
     pngs = [_png(to_pil(one_R3HW[0])) for one_R3HW in maps]
     controls = [{"source": source, "sha256": hashlib.sha256(png).hexdigest(), "png": base64.b64encode(png).decode()}
                 for source, png in zip(sources, pngs, strict=True)]

@@ -168,7 +168,8 @@ def test_fid_of_folders_files_and_the_held_out_split(places: dict[str, str]) -> 
     assert figures["pictures"]["value"] == 5 and figures["fd_fake"]["value"] > 0
     alike, = measured(places, "fid", "PICTURES", "pictures.npz")["results"].values()
     assert alike["fd_fake"]["value"] == pytest.approx(0, abs=1e-6)
-    saved = np.load("pictures.npz")
+    with np.load("pictures.npz") as file:
+        saved = dict(file)
     np.testing.assert_allclose(saved["mu"], saved["features"].mean(0), rtol=1e-5)
     assert saved["sigma"].shape == (6, 6) and saved["n"] == 5
 
@@ -227,7 +228,8 @@ def test_sets_that_do_not_compare(places: dict[str, str]) -> None:
     assert "not a statistics file" in line("broken.npz", "PICTURES")
     assert "not a statistics file" in line("foreign.npz", "PICTURES")
     arimg_eval(places, "fid", "PICTURES", "PICTURES", "--save", "other.npz")
-    other = dict(np.load("other.npz"))
+    with np.load("other.npz") as file:
+        other = dict(file)
     np.savez("other.npz", **{**other, "extractor": "inception"})
     assert "have features inception and fake" in line("other.npz", "PICTURES")
 
