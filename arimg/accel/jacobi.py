@@ -134,6 +134,7 @@ class SpeculativeJacobi:
 
 
 def _write(run: Run, positions_BW: Tensor, widths_B: Tensor, p_BWV: Tensor, verdict: Verdict) -> None:
+    """Codes, laws and counts of one pass, row by row."""
     length, width = run.request.length, positions_BW.shape[1]
     column_W = torch.arange(width, device=positions_BW.device)
     judged_BW = column_W < widths_B[:, None]

@@ -57,10 +57,11 @@ class ScdSiblings(SpeculativeJacobi):
         positions_BW, width = draws.positions_BW, draws.positions_BW.shape[1]
         read_BW, root_B = positions_BW - 1, run.pinned_B.clamp_max(width - 1)
         codes_BW, laws_BWV = run.codes_BN.gather(1, positions_BW), run.laws_BMV[:, :width]
-        drafted_B1 = drafted_BW.gather(1, root_B[:, None])
-        siblings_BK, sibling_laws_BKV = self._siblings(
-            at_row(laws_BWV, root_B) * drafted_B1, codes_BW.gather(1, root_B[:, None]), run.fixed_B + root_B, draws)
-        leaves_BK = (run.fixed_B + root_B)[:, None].expand(-1, self.leaves)
+        root_B1 = root_B[:, None]
+        draft_B1, position_B1 = codes_BW.gather(1, root_B1), positions_BW.gather(1, root_B1)
+        q_BV = at_row(laws_BWV, root_B) * drafted_BW.gather(1, root_B1)
+        siblings_BK, sibling_laws_BKV = self._siblings(q_BV, draft_B1, position_B1, draws)
+        leaves_BK = position_B1.expand(-1, self.leaves)
         read_codes_BW = torch.cat([run.codes_BN.gather(1, read_BW), siblings_BK], dim=1)
         p_BWV = run.target.step(read_codes_BW, torch.cat([read_BW, leaves_BK], dim=1), min(run.fixed) - 1,
                                 max(run.fixed) - 1 + width, self.leaves)
@@ -70,17 +71,16 @@ class ScdSiblings(SpeculativeJacobi):
         column_W = torch.arange(width, device=positions_BW.device)
         pinned_BW = column_W < run.pinned_B[:, None]
         p_BWV = torch.where(pinned_BW[..., None], one_hot(codes_BW, p_BWV), p_BWV)
-        root = Root(at_row(p_BWV, root_B), at_row(laws_BWV, root_B) * drafted_B1, codes_BW.gather(1, root_B[:, None]),
-                    siblings_BK, sibling_laws_BKV, positions_BW.gather(1, root_B[:, None]))
+        root = Root(at_row(p_BWV, root_B), q_BV, draft_B1, siblings_BK, sibling_laws_BKV, position_B1)
         decided_B1, chosen_B = root.decide(draws)
         run.chosen_B = chosen_B >= 0
-        is_root_BW, is_next_BW = column_W == root_B[:, None], column_W == root_B[:, None] + 1
+        is_root_BW, is_next_BW = column_W == root_B1, column_W == root_B1 + 1
         p_BWV = torch.where(is_root_BW[..., None], one_hot(decided_B1, p_BWV), p_BWV)
         chosen_next_B1V = at_row(next_BKV, chosen_B.clamp_min(0))[:, None]
         p_BWV = torch.where((is_next_BW & run.chosen_B[:, None])[..., None], chosen_next_B1V, p_BWV)
         return Window(p_BWV, codes_BW, drafted_BW, laws_BWV)
 
-    def _siblings(self, law_BV: Tensor, draft_B1: Tensor, position_B: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+    def _siblings(self, law_BV: Tensor, draft_B1: Tensor, position_B1: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
         """codes_BK drawn without replacement, none of them the draft, and their laws; a law of zeros = no sibling."""
         codes, laws = [draft_B1], []
         for k in range(self.leaves):
@@ -89,8 +89,8 @@ class ScdSiblings(SpeculativeJacobi):
             laws.append(torch.where(mass_B1 > 0, law_BV / mass_B1, 0.0))
             certain_BV = one_hot(draft_B1, law_BV[:, None])[:, 0]
             drawn_B1V = torch.where(mass_B1 > 0, laws[-1], certain_BV)[:, None]
-            codes.append(draws.request.noise.categorical(drawn_B1V, draws.request.seeds_B, position_B[:, None],
-                                                         Purpose.DRAFT, draws.turn * self.leaves + k))
+            codes.append(draws.request.noise.categorical(drawn_B1V, draws.request.seeds_B, position_B1, Purpose.DRAFT,
+                                                         draws.turn * self.leaves + k))
         return torch.cat(codes[1:], dim=1), torch.stack(laws, dim=1)
 
     def _settle(self, run: Run, widths_B: Tensor, window: Window, draws: Draws, verdict: Verdict) -> None:
