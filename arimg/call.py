@@ -46,7 +46,7 @@ class CallOptions:
     control_from: Any = None                                # photo(s) whose maps are extracted first
     control_type: str | Sequence[str] | None = None         # None = the first that the model was trained on
     control_scale: float | Sequence[float] = 1.0
-    control_start: float | Sequence[float] = 0.0            # parts of the raster order
+    control_start: float | Sequence[float] = 0.0            # parts of the raster order, or of the scales
     control_end: float | Sequence[float] = 1.0
     control_cfg: float | None = None                        # guidance of the control alone; the model's own, None = cfg
     resize: str = "pad"                                     # how a control of another size is fitted
@@ -70,6 +70,7 @@ class CallOptions:
     n: int = 1                                              # pictures per class or prompt
     size: tuple[int, int] = (256, 256)                      # (height, width) in pixels; the model's own
     forced: Any = None                                      # codes (L) or (B, L) to keep; -1 = free
+    forced_latents: Any = None              # the same for continuous tokens: (B or 1, C, h, w); NaN = free
     draft: Any = None                                       # codes (L) or (B, L) for decoders that verify
     output_type: str = "pil"                                # pil | np | pt (both in [0, 1]) | latent
     return_dict: bool = True

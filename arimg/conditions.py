@@ -47,7 +47,7 @@ def condition_of(options: CallOptions, transformer: Any, class_names: Sequence[s
     """
     by_class = options.class_name is not None or options.class_id is not None
     by_text = options.prompt is not None or options.prompt_embeds is not None
-    device = transformer.norm.weight.device
+    device = next(transformer.parameters()).device
     if transformer.config.conditioning == "class":
         if by_text:
             raise InputError("a prompt is given, but this model knows classes, not captions; give a class instead")

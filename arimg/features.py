@@ -6,13 +6,17 @@ images, never the weights.
 
 from __future__ import annotations
 
+import io
+import os
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Self
+from typing import NamedTuple, Self
 
+import torch
 from torch import Tensor, nn
 
-from arimg.errors import MissingExtraError
+from arimg.errors import CheckpointError, InputError, MissingExtraError
 from arimg.weights import load_strict, read_weights
 
 
@@ -145,3 +149,90 @@ def _timm_key(key: str) -> str:
         stage += 1
     names = _INNER if int(number) else _FIRST
     return f"blocks.{stage}.{block}.{names.get(layer, layer)}.{rest}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Inception (Szegedy et al. 2015), the graph of 2015-12-05 on which FID and IS are defined: torch-fidelity's network
+
+INCEPTION_SHA256 = "6726825d"                           # how the SHA-256 of the published weights begins
+_INCEPTION_FILE = f"weights-inception-2015-12-05-{INCEPTION_SHA256}.pth"
+_INCEPTION_BYTES = "96 MB"
+_SPATIAL_CHANNELS = 7
+
+
+class InceptionFeatures(NamedTuple):
+    """Of B pictures, float32."""
+
+    pool_BC: Tensor         # (B, 2048): `pool_3:0`
+    spatial_BS: Tensor      # (B, 2023): the first 7 channels of `mixed_6/conv:0`, 17 x 17, channels last
+    logits_BK: Tensor       # (B, 1008), without bias
+
+
+class Inception(FixedNetwork):
+    """torch-fidelity's Inception, with TensorFlow 1's resizing inside; it reads 8-bit pictures of any size.
+
+    Raises MissingExtraError, and CheckpointError on weights of another network. The weights are read safely first:
+    torch-fidelity itself would unpickle whatever the file holds.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        if find_spec("torch_fidelity") is None:
+            raise MissingExtraError("eval", "torch-fidelity", "the Inception network of FID")
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+        weights = io.BytesIO()
+        torch.save(read_weights(path), weights)
+        weights.seek(0)
+        try:
+            self.network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"],
+                                                       feature_extractor_weights_path=weights)
+        except RuntimeError as error:
+            raise CheckpointError(f"weights {str(path)!r} are not those of FID's Inception "
+                                  f"({' '.join(str(error).split())[:200]}); give {_INCEPTION_FILE}") from None
+
+    def forward(self, pixels_B3HW: Tensor) -> InceptionFeatures:
+        """Features of uint8 pictures."""
+        kept: list[Tensor] = []
+        branch = self.network.Mixed_6d.branch1x1
+        handle = branch.register_forward_hook(lambda _module, _inputs, output: kept.append(output))
+        try:
+            pool_BC, logits_BK = self.network(pixels_B3HW)
+        finally:
+            handle.remove()
+        spatial_BS = kept[0][:, :_SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
+        return InceptionFeatures(pool_BC, spatial_BS, logits_BK)
+
+
+def inception_file(given: str | None = None) -> Path:
+    """Where Inception's weights lie: the path given, else $ARIMG_INCEPTION, else torch-fidelity's own download in
+    torch's hub cache, which "download" fetches.
+
+    Raises MissingExtraError, InputError on a path without a file, CheckpointError when nothing is there or the
+    download fails.
+    """
+    if find_spec("torch_fidelity") is None:
+        raise MissingExtraError("eval", "torch-fidelity", "the Inception network of FID")
+    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
+
+    cached = Path(torch.hub.get_dir()) / "checkpoints" / _INCEPTION_FILE
+    named = given or os.environ.get("ARIMG_INCEPTION")
+    if named and named != "download":
+        if not Path(named).is_file():
+            raise InputError(f"Inception weights {named!r}: no such file; give {_INCEPTION_FILE}, or the word download")
+        return Path(named)
+    if not cached.is_file() and not named:
+        raise CheckpointError(f"FID needs the Inception network, and {cached} does not exist; give --inception FILE, "
+                              f"or fetch it ({_INCEPTION_BYTES}, {URL_INCEPTION_V3}) with --inception download")
+    if not cached.is_file():
+        _download(URL_INCEPTION_V3, cached)
+    return cached
+
+
+def _download(url: str, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        torch.hub.download_url_to_file(url, str(path), hash_prefix=INCEPTION_SHA256)
+    except (OSError, RuntimeError) as error:            # no network; another file than expected
+        raise CheckpointError(f"{url} cannot be fetched ({' '.join(str(error).split())[:200]}); fetch it elsewhere "
+                              "and give --inception FILE") from None

@@ -17,10 +17,10 @@ from torch import nn
 from arimg.checkpoints import PipelineSettings, find_model, read_index
 from arimg.config import from_dict, to_dict
 from arimg.control import adapter
-from arimg.models import ar
+from arimg.models import ar, var
 from arimg.models.text import TextEncoder
 from arimg.pipeline import Pipeline
-from arimg.tokenizers import vq
+from arimg.tokenizers import kl, multiscale, vq
 
 
 class _Config(dict[str, Any]):
@@ -74,10 +74,28 @@ class VQTokenizer(vq.VQTokenizer, _Shell):
     __init__ = _flat_init(vq.VQTokenizer, vq.VQConfig)
 
 
+class MultiscaleTokenizer(multiscale.MultiscaleTokenizer, _Shell):
+    """arimg.tokenizers.multiscale.MultiscaleTokenizer; keywords are the fields of MultiscaleConfig."""
+
+    __init__ = _flat_init(multiscale.MultiscaleTokenizer, multiscale.MultiscaleConfig)
+
+
+class KLTokenizer(kl.KLTokenizer, _Shell):
+    """arimg.tokenizers.kl.KLTokenizer; keywords are the fields of KLConfig."""
+
+    __init__ = _flat_init(kl.KLTokenizer, kl.KLConfig)
+
+
 class ARTransformer(ar.ARTransformer, _Shell):
     """arimg.models.ar.ARTransformer; keywords are the fields of ARConfig."""
 
     __init__ = _flat_init(ar.ARTransformer, ar.ARConfig)
+
+
+class VARTransformer(var.VARTransformer, _Shell):
+    """arimg.models.var.VARTransformer; keywords are the fields of VARConfig."""
+
+    __init__ = _flat_init(var.VARTransformer, var.VARConfig)
 
 
 class ControlAdapter(adapter.ControlAdapter, _Shell):

@@ -30,6 +30,7 @@ class Purpose(IntEnum):
     ORDER = 6       # generation orders
     TEXT = 7        # null captions made from a seed
     AUDIT = 8       # randomised ranks of an audit
+    POSTERIOR = 9   # samples of an autoencoder's posterior
 
 
 def _mulhilo(multiplier: int, word: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""The road from a condition to pixels: control images and a class or caption in, codes and pictures out."""
+"""The road from a condition to pixels: control images and a class or caption in, tokens and pictures out."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from torch import Tensor
 
 from arimg import images
 from arimg.accel.audit import audit
-from arimg.accel.base import DecodeRequest, DecodeStats, Guidance, OnStep, Sampling, StepInfo, find_decoder
+from arimg.accel.base import (DecodeRequest, DecodeResult, DecodeStats, Guidance, OnStep, Sampling, StepInfo,
+                              check_order, find_decoder, token_scales)
+from arimg.accel.scale import latent_map
 from arimg.accel.target import Target
 from arimg.call import CallOptions, call_options, checked_size, image_seeds
 from arimg.checkpoints import PipelineSettings, find_model, load_component, read_index, save_pipeline
@@ -20,6 +22,7 @@ from arimg.conditions import ControlMap, condition_of, control_maps, log, repeat
 from arimg.control.fusion import combine
 from arimg.devices import find_device, find_dtype, synchronize
 from arimg.errors import CheckpointError, InputError
+from arimg.models.base import order_of
 from arimg.models.text import TextEncoder
 
 
@@ -27,8 +30,8 @@ class PipelineOutput(NamedTuple):
     """What a call returns; `output[0]` is `output.images`, as in diffusers."""
 
     images: Any                     # PIL list; (B, H, W, 3) array or (B, 3, H, W) tensor in [0, 1]; or latents
-    codes: Tensor                   # codes_BL
-    latents: Tensor                 # latents_BChw, the code vectors of `codes`
+    codes: Tensor | None            # codes_BL, all scales in one row; None where tokens are continuous
+    latents: Tensor                 # latents_BChw, what the tokenizer's decoder reads
     stats: DecodeStats
     maps: tuple[Tensor, ...]        # per control (1 or B, 3, H, W) in [-1, 1], as the model saw it
     seeds: tuple[int, ...]          # per picture
@@ -127,19 +130,21 @@ class Pipeline:
         """
         call = call_options({"control": control, **options}, self.settings)
         decoder = find_decoder(call.decoder, call.window, call.lossy)
+        check_order(call.decoder, decoder, self.transformer)
         clock = _Clock(self.device)
         request, maps = self._request(call)
         clock.lap("control")
         result = decoder.decode(Target(self.transformer, request), request, self._on_step(call))
         clock.lap("tokens")
-        assert result.codes_BL is not None, "a discrete decoder returns codes"
-        latents_BChw = self.tokenizer.space().codebook_VC[result.codes_BL].unflatten(1, request.grid).movedim(-1, 1)
+        latents_BChw = _latents(result, request).to(_at_least_float32(self.dtype))
         pictures = latents_BChw
         if call.output_type != "latent":
-            pictures = _pictures(self.tokenizer.decode_codes(result.codes_BL, request.grid), call.output_type)
+            pictures = _pictures(self._painted(result, latents_BChw), call.output_type)
         clock.lap("pixels")
         extra = {**result.stats.extra, "guarantee": decoder.guarantee}
         if call.audit:
+            if result.codes_BL is None:
+                raise InputError("audit: these tokens are continuous, and only codes are scored; leave it out")
             extra["audit"] = audit(self.transformer, request, result.codes_BL)
             clock.lap("audit")
         stats = replace(result.stats, seconds=clock.seconds, extra=extra)
@@ -151,8 +156,9 @@ class Pipeline:
         """What is to be decoded, and the control maps it was made from."""
         guidance = Guidance(call.cfg, call.control_cfg, call.cfg_interval)
         sampling = Sampling(call.temperature, call.top_k, call.top_p)
-        size = self._size(call)
+        size, space = self._size(call), self.tokenizer.space()
         grid = (size[0] // self.tokenizer.stride, size[1] // self.tokenizer.stride)
+        length = sum(height * width for height, width in token_scales(space, grid))
         if self.control is None and (call.control is not None or call.control_from is not None):
             raise InputError("a control image is given, but this model has no control component; leave it out, or "
                              "choose another model")
@@ -162,13 +168,18 @@ class Pipeline:
         request = DecodeRequest(
             condition=repeat_condition(condition, call.n, len(seeds)), grid=grid,
             seeds_B=torch.tensor(seeds, device=self.device), inject_KBLD=self._inject(maps, call.n, len(seeds)),
-            guidance=guidance, sampling=sampling, space=self.tokenizer.space(),
-            forced_BL=self._given_codes("forced", call.forced, (len(seeds), grid[0] * grid[1])),
-            draft_BL=self._given_codes("draft", call.draft, (len(seeds), grid[0] * grid[1])), steps=call.steps)
+            guidance=guidance, sampling=sampling, space=space,
+            forced_BL=self._given_codes("forced", call.forced, (len(seeds), length)),
+            forced_BLC=self._given_latents(call.forced_latents, (len(seeds), *grid)),
+            draft_BL=self._given_codes("draft", call.draft, (len(seeds), length)), steps=call.steps)
         return request, maps
 
     def _size(self, call: CallOptions) -> tuple[int, int]:
-        height, width = checked_size(call.size, self.tokenizer.stride)
+        stride, space = self.tokenizer.stride, self.tokenizer.space()
+        height, width = checked_size(call.size, stride)
+        if space is not None and space.scales is not None and (height, width) != _pixels(space.scales[-1], stride):
+            own = "x".join(map(str, _pixels(space.scales[-1], stride)))
+            raise InputError(f"size {height}x{width}: the scales of this model end at {own} pixels; give --size {own}")
         if (height, width) != self.settings.size:
             log.warning("size %dx%d: the model was trained at %dx%d, so the picture may be weaker", height, width,
                         *self.settings.size)
@@ -178,21 +189,32 @@ class Pipeline:
         """inject_KBLD of all controls; a map that several pictures share is encoded once."""
         if not maps:
             return None
-        injects = []
+        space, injects = self.tokenizer.space(), []
+        scales = None if space is None else space.scales
         for one in maps:
             maps_R3HW = one.maps_R3HW.to(self.device, self.dtype)
             type_ids_R = None
             if self.control.config.reads_type:
                 type_id = self.control.type_id(one.type.name)
                 type_ids_R = torch.full((len(maps_R3HW),), type_id, device=self.device)
-            inject_KRLD = self.control.inject(maps_R3HW, one.type.resample, type_ids_R)
+            inject_KRLD = self.control.inject(maps_R3HW, one.type.resample, type_ids_R, scales)
             injects.append(repeat_rows(inject_KRLD, each, rows, dim=1))
-        return combine(injects, *zip(*((one.scale, one.start, one.end) for one in maps)))
+        sizes = None if scales is None else [height * width for height, width in scales]
+        strengths, starts, ends = zip(*((one.scale, one.start, one.end) for one in maps))
+        return combine(injects, strengths, starts, ends, sizes)
+
+    def _painted(self, result: DecodeResult, latents_BChw: Tensor) -> Tensor:
+        """images_B3HW of a decode."""
+        if result.latents_BLC is None:
+            return self.tokenizer.decode_codes(result.codes_BL, (latents_BChw.shape[2], latents_BChw.shape[3]))
+        return self.tokenizer.decode(latents_BChw)
 
     def _given_codes(self, name: str, codes: Any, shape: tuple[int, int]) -> Tensor | None:
         """codes_BL given by the caller, one row for all pictures or one for each; -1 = free. Raises InputError."""
         if codes is None:
             return None
+        if self.tokenizer.space() is None:
+            raise InputError(f"{name}: the tokens of this model are continuous, so it takes no codes; leave it out")
         codes_BL = torch.as_tensor(codes, device=self.device)
         codes_BL = codes_BL[None] if codes_BL.ndim == 1 else codes_BL
         if codes_BL.shape not in (shape, (1, shape[1])) or codes_BL.is_floating_point():
@@ -203,6 +225,22 @@ class Pipeline:
             raise InputError(f"{name} holds codes from {low} to {high}; the codes are 0 to "
                              f"{self.transformer.vocab_size - 1}, and -1 where the model is free")
         return codes_BL.long().expand(shape)
+
+    def _given_latents(self, latents: Any, shape: tuple[int, int, int]) -> Tensor | None:
+        """canvas_BLC given by the caller as a map, one for all pictures or one for each; NaN = free. Raises
+        InputError."""
+        if latents is None:
+            return None
+        if self.tokenizer.space() is not None:
+            raise InputError("forced_latents is for models with continuous tokens; give this one codes: forced")
+        batch, height, width = shape
+        channels = self.tokenizer.token_channels
+        maps_BChw = torch.as_tensor(latents, device=self.device)
+        maps_BChw = maps_BChw[None] if maps_BChw.ndim == 3 else maps_BChw
+        if maps_BChw.shape not in ((batch, channels, height, width), (1, channels, height, width)):
+            raise InputError(f"forced_latents has shape {tuple(maps_BChw.shape)}; give ({channels}, {height}, {width}) "
+                             "or one such map for each picture")
+        return maps_BChw.expand(batch, -1, -1, -1).flatten(2).mT
 
     def _on_step(self, call: CallOptions) -> OnStep | None:
         """Our callback and that of diffusers as one."""
@@ -218,14 +256,22 @@ class Pipeline:
 
 
 def _check_fit(tokenizer: Any, transformer: Any, control: Any) -> None:
-    for name, part, method in (("tokenizer", tokenizer, "decode_codes"), ("transformer", transformer, "new_cache"),
+    for name, part, method in (("tokenizer", tokenizer, "space"), ("transformer", transformer, "null"),
                                ("control", control, "inject")):
         if part is not None and not hasattr(part, method):
             raise CheckpointError(f"the {name} of the pipeline is of class {type(part).__name__}, which is none; "
                                   f"put another network into the folder {name}")
-    faults = []
-    if tokenizer.vocab_size != transformer.vocab_size:
+    faults, space = [], tokenizer.space()
+    if space is not None and tokenizer.vocab_size != transformer.vocab_size:
         faults.append(f"the tokenizer has {tokenizer.vocab_size} codes, the transformer {transformer.vocab_size}")
+    channels = [getattr(part, name, None) for part, name in ((tokenizer, "token_channels"), (transformer, "channels"))]
+    if channels[0] != channels[1]:
+        faults.append("numbers per token: {} in the tokenizer, {} in the transformer (none: it has codes)".format(*(
+            "none" if count is None else count for count in channels)))
+    scales = None if space is None else space.scales
+    own = transformer.config.scales if order_of(transformer) == "scales" else None
+    if scales != own:
+        faults.append(f"the tokenizer has {_described(scales)}, the transformer {_described(own)}")
     if control is not None:
         for name, ours, theirs in (("pixels per token", control.config.stride, tokenizer.stride),
                                    ("width", control.config.dim, transformer.config.dim),
@@ -234,6 +280,23 @@ def _check_fit(tokenizer: Any, transformer: Any, control: Any) -> None:
                 faults.append(f"{name}: {ours} in the control component, {theirs} in the others")
     if faults:
         raise CheckpointError(f"the parts of the pipeline belong to different models: {'; '.join(faults)}")
+
+
+def _described(scales: tuple[tuple[int, int], ...] | None) -> str:
+    return "one scale" if scales is None else "scales " + ", ".join(f"{height}x{width}" for height, width in scales)
+
+
+def _latents(result: DecodeResult, request: DecodeRequest) -> Tensor:
+    """latents_BChw that the tokenizer's decoder reads: the tokens themselves, or the vectors of their codes."""
+    latents_BLC = result.latents_BLC
+    if latents_BLC is None:
+        assert result.codes_BL is not None and request.space is not None
+        latents_BLC = request.space.codebook_VC[result.codes_BL]
+    return latent_map(latents_BLC, request.grid, request.space)
+
+
+def _pixels(grid: tuple[int, int], stride: int) -> tuple[int, int]:
+    return grid[0] * stride, grid[1] * stride
 
 
 def _at_least_float32(kind: torch.dtype) -> torch.dtype:

@@ -45,9 +45,18 @@ class Registry:
 
 TOKENIZERS = Registry("tokenizer", "arimg.tokenizers", {
     "VQTokenizer": "arimg.tokenizers.vq:VQTokenizer",
+    "MultiscaleTokenizer": "arimg.tokenizers.multiscale:MultiscaleTokenizer",
+    "KLTokenizer": "arimg.tokenizers.kl:KLTokenizer",
 })
 MODELS = Registry("model", "arimg.models", {
     "ARTransformer": "arimg.models.ar:ARTransformer",
+    "VARTransformer": "arimg.models.var:VARTransformer",
+    "MARTransformer": "arimg.models.mar:MARTransformer",
+    "CausalTransformer": "arimg.models.causal:CausalTransformer",
+    "ARStudent": "arimg.models.students:ARStudent",
+    "VARStudent": "arimg.models.var_students:VARStudent",
+    "ARGenerator": "arimg.models.generators:ARGenerator",
+    "VARGenerator": "arimg.models.generators:VARGenerator",
 })
 CONTROL_MODULES = Registry("control module", "arimg.control_modules", {
     "ControlAdapter": "arimg.control.adapter:ControlAdapter",
@@ -71,9 +80,22 @@ DECODERS = Registry("decoder", "arimg.decoders", {
     "scd-siblings": "arimg.accel.siblings:ScdSiblings",
     "gsd": "arimg.accel.jacobi:Gsd",
     "zipar": "arimg.accel.rows:ZipAR",
+    "scale": "arimg.accel.scale:ScaleByScale",
+    "scale-smooth": "arimg.accel.scale:SmoothScales",
+    "masked": "arimg.accel.masked:Masked",
+    "ar-continuous": "arimg.accel.masked:ArContinuous",
+    "cspd": "arimg.accel.continuous:Cspd",
+    "cspd-relaxed": "arimg.accel.relaxed:CspdRelaxed",
+    "jacobi-continuous": "arimg.accel.continuous:JacobiContinuous",
 })
 OBJECTIVES = Registry("objective", "arimg.objectives", {
     "tokenizer": "arimg.train.tokenizer:TokenizerObjective",
     "ar": "arimg.train.ar:ARObjective",
     "control": "arimg.train.control:ControlObjective",
+    "var": "arimg.train.var:VARObjective",
+    "var-control": "arimg.train.var:VARControlObjective",
+})
+EXTRACTORS = Registry("feature extractor", "arimg.extractors", {
+    "inception": "arimg.evals.extractors:AdmInception",
+    "effnet_lite0": "arimg.evals.extractors:EffnetLite0Pooled",
 })

@@ -16,8 +16,8 @@ from arimg.checkpoints import PipelineSettings, load_component, read_index, save
 from arimg.config import to_dict
 from arimg.control import adapter
 from arimg.errors import CheckpointError
-from arimg.models import ar
-from arimg.tokenizers import vq
+from arimg.models import ar, var
+from arimg.tokenizers import kl, multiscale, vq
 from tests.toy import toy_text_encoder
 
 TOKENIZER: dict[str, Any] = dict(codebook_size=24, base_channels=32, multipliers=(1, 1), res_blocks=1, z_channels=8)
@@ -26,9 +26,15 @@ TRANSFORMER: dict[str, Any] = dict(vocab_size=24, dim=32, layers=2, heads=2, ffn
 CONTROL: dict[str, Any] = dict(embed_dim=16, depth=1, heads=2, ffn_hidden=32, patch=2, stride=2, dim=32, points=2)
 CASES = {
     "tokenizer": (hub.VQTokenizer, vq.VQTokenizer, vq.VQConfig(**TOKENIZER)),
+    "multi-scale tokenizer": (hub.MultiscaleTokenizer, multiscale.MultiscaleTokenizer, multiscale.MultiscaleConfig(
+        codebook_size=24, codebook_dim=4, base_channels=32, multipliers=(1, 1), res_blocks=1, scales=((1, 1), (2, 2)))),
+    "KL tokenizer": (hub.KLTokenizer, kl.KLTokenizer, kl.KLConfig(
+        base_channels=32, multipliers=(1, 1), res_blocks=1, latent_channels=4, attention_levels=())),
     "transformer": (hub.ARTransformer, ar.ARTransformer, ar.ARConfig(**TRANSFORMER)),
     "caption transformer": (hub.ARTransformer, ar.ARTransformer, ar.ARConfig(**{
         **TRANSFORMER, "conditioning": "text", "caption_dim": 8, "caption_length": 4})),
+    "next-scale transformer": (hub.VARTransformer, var.VARTransformer, var.VARConfig(
+        vocab_size=24, codebook_dim=4, scales=((1, 1), (4, 4)), dim=32, layers=2, heads=2, num_classes=4)),
     "control": (hub.ControlAdapter, adapter.ControlAdapter, adapter.ControlConfig(**CONTROL)),
 }
 SETTINGS = PipelineSettings(title="toy", class_names=("a", "b", "c", "d"), control_types=("canny",), size=(8, 8),

@@ -21,7 +21,7 @@ import arimg
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-TESTED_EXTRAS = ("text", "control", "train", "dev")
+TESTED_EXTRAS = ("text", "control", "eval", "train", "dev")
 HELP_SECONDS = 0.3
 
 

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from arimg.models.ar import ARConfig, ARTransformer
-from arimg.presets import AR_PRESETS, PUBLISHED, VQ_PRESETS
+from arimg.presets import AR_PRESETS, KL_PRESETS, PUBLISHED, VAR_SIDES, VQ_PRESETS
+from arimg.tokenizers.kl import KLConfig, KLTokenizer
+from arimg.tokenizers.multiscale import MultiscaleConfig, MultiscaleTokenizer
 from arimg.tokenizers.vq import VQConfig, VQTokenizer
 
 CLASS_MILLIONS = {"B": 110.89, "L": 342.91, "XL": 774.70, "XXL": 1410.97, "XXXL": 3893.03, "1B": 1199.62, "3B": 3096.66,
@@ -38,6 +40,23 @@ def test_parameters_of_tokenizers(name: str, parameters: int) -> None:
         tokenizer = VQTokenizer(VQConfig(**VQ_PRESETS[name].config()))
     assert sum(parameter.numel() for parameter in tokenizer.parameters()) == parameters
     assert tokenizer.stride == VQ_PRESETS[name].stride
+
+
+@pytest.mark.parametrize("name, parameters", [("KL-16", 66_456_019), ("KL-8", 83_653_863)])
+def test_parameters_of_kl_autoencoders(name: str, parameters: int) -> None:
+    with torch.device("meta"):
+        tokenizer = KLTokenizer(KLConfig(**KL_PRESETS[name].config()))
+    assert sum(parameter.numel() for parameter in tokenizer.parameters()) == parameters
+    assert (tokenizer.stride, tokenizer.token_channels) == (16, 16)
+
+
+def test_parameters_of_the_multi_scale_tokenizer() -> None:
+    with torch.device("meta"):
+        tokenizer = MultiscaleTokenizer(MultiscaleConfig())
+    assert sum(parameter.numel() for parameter in tokenizer.parameters()) == 108_948_355
+    for pixels, sides in VAR_SIDES.items():
+        assert sides[-1] * tokenizer.stride == pixels
+    assert [sum(side ** 2 for side in VAR_SIDES[pixels]) for pixels in (256, 512)] == [680, 2240]
 
 
 def test_head_dims() -> None:

@@ -17,35 +17,44 @@ from PIL import Image
 
 from arimg.control.base import build, get_type
 from arimg.errors import ArimgError
+from arimg.models.base import order_of
 from arimg.pipeline import Pipeline
 from arimg.registry import CONTROLS, DECODERS
 from tests.toy import CONTROL, STRIDE, toy_pipeline
+from tests.toy_scales import toy_scales_pipeline
 
 SIDE = 4 * STRIDE                                   # 16 tokens
-MODELS = ("class", "text")                          # ARTransformer by its conditioning
-LOSSY = ("gsd", "zipar")
-SAME_CODES = ("ar", "jacobi")
+MODELS = ("class", "text", "scales")                # ARTransformer by its conditioning; VARTransformer
+LOSSY = ("gsd", "zipar", "scale-smooth")
+SAME_CODES = ("ar", "jacobi", "scale")
 CONTROL_TYPES = (None, *CONTROLS.names())
-COMBINATIONS = tuple(product(MODELS, CONTROL_TYPES, DECODERS.names()))
+ORDERS = {"class": "raster", "text": "raster", "scales": "scales"}
+PLAIN = {"raster": "ar", "scales": "scale"}         # the oracle of each order
+BY_ORDER = {order: tuple(name for name in DECODERS.names() if order_of(DECODERS.load(name)) == order)
+            for order in PLAIN}
+COMBINATIONS = tuple((model, control_type, decoder) for model, control_type in product(MODELS, CONTROL_TYPES)
+                     for decoder in BY_ORDER[ORDERS[model]])
 CAPTION = torch.randn(6, 12, generator=torch.Generator().manual_seed(0))
 
 
 def test_the_walk_covers_every_registered_part() -> None:
-    assert DECODERS.names() == ("ar", "gsd", "jacobi", "scd", "scd-gumbel", "scd-siblings", "sjd", "zipar")
+    assert BY_ORDER["raster"] == ("ar", "gsd", "jacobi", "scd", "scd-gumbel", "scd-siblings", "sjd", "zipar")
+    assert BY_ORDER["scales"] == ("scale", "scale-smooth")
     assert CONTROLS.names() == ("canny", "color", "depth", "hed", "lineart", "map", "seg", "softedge")
-    assert len(COMBINATIONS) == 2 * 9 * 8
+    assert len(COMBINATIONS) == 2 * 9 * 8 + 9 * 2
 
 
 @cache
 def pipeline(model: str, control_type: str | None) -> Pipeline:
-    if control_type is None:
-        return toy_pipeline(torch.float64, control=None, conditioning=model)
-    return toy_pipeline(torch.float64, control=replace(CONTROL, types=(control_type,)), conditioning=model)
+    control = None if control_type is None else replace(CONTROL, types=(control_type,))
+    if model == "scales":
+        return toy_scales_pipeline(torch.float64, control=control)
+    return toy_pipeline(torch.float64, control=control, conditioning=model)
 
 
 def call(model: str, trained: str | None, decoder: str, **options: Any) -> Any:
     """A call of the pipeline whose control component, if any, was trained on one type."""
-    condition: dict[str, Any] = {"class_id": 1} if model == "class" else {"prompt_embeds": CAPTION}
+    condition: dict[str, Any] = {"prompt_embeds": CAPTION} if model == "text" else {"class_id": 1}
     if trained is not None:
         condition |= {"control": control_map(), "control_type": trained}
     options = {"lossy": decoder in LOSSY, "n": 2, "seed": 3, "size": (SIDE, SIDE), **condition, **options}
@@ -59,7 +68,7 @@ def control_map() -> Image.Image:
 
 @cache
 def plain_codes(model: str, control_type: str | None) -> torch.Tensor:
-    codes: torch.Tensor = call(model, control_type, "ar").codes
+    codes: torch.Tensor = call(model, control_type, PLAIN[ORDERS[model]]).codes
     return codes
 
 
@@ -77,16 +86,16 @@ def test_legal(model: str, control_type: str | None, decoder: str) -> None:
     assert torch.equal(alone.codes[0], out.codes[1]), "a picture depends on its own seed alone"
 
 
-@pytest.mark.parametrize("model,decoder", list(product(MODELS, DECODERS.names())))
+@pytest.mark.parametrize("model,decoder", [(model, decoder) for model in MODELS for decoder in BY_ORDER[ORDERS[model]]])
 def test_illegal_everywhere(model: str, decoder: str) -> None:
-    wrong_condition = {"prompt_embeds": CAPTION} if model == "class" else {"class_id": 1}
+    wrong_condition = {"class_id": 1} if model == "text" else {"prompt_embeds": CAPTION}
     cases: list[dict[str, Any]] = [
         {"control": control_map(), "control_type": "canny"},            # this pipeline takes no control
         {"n": 0}, {"temperature": -1.0}, {"cfg": float("nan")}, {"window": 0}, {"window": "wide"},
     ]
     if decoder in LOSSY:
         cases.append({"lossy": False})
-    if decoder == "ar":
+    if decoder in ("ar", "scale", "scale-smooth"):
         cases.append({"window": 4})
     if decoder == "zipar":
         cases.append({"window": "auto"})
@@ -102,6 +111,12 @@ def test_illegal_control() -> None:
             one_line("class", control_type, "jacobi", control_type=other)
     one_line("class", "canny", "jacobi", control_type="cany")
     one_line("class", None, "jacoby")
+
+
+@pytest.mark.parametrize("model,decoder", list(product(MODELS, DECODERS.names())))
+def test_decoders_of_another_order_are_refused(model: str, decoder: str) -> None:
+    if decoder not in BY_ORDER[ORDERS[model]]:
+        one_line(model, None, decoder)
 
 
 def one_line(model: str, trained: str | None, decoder: str, **options: Any) -> None:

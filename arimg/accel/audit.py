@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from arimg.accel.base import DecodeRequest
+from arimg.accel.scale import scale_inputs
 from arimg.accel.target import Target
-from arimg.models.base import Backbone
+from arimg.models.base import Backbone, order_of
 from arimg.noise import Purpose
 
 CHUNK = 64                  # positions per teacher-forced pass
@@ -73,11 +74,20 @@ def audit(backbone: Backbone, request: DecodeRequest, codes_BL: Tensor) -> Audit
 
 
 def teacher_forced(backbone: Backbone, request: DecodeRequest, codes_BL: Tensor) -> Any:
-    """Yields (positions_BW, p_BWV) of all tokens in order: the law of each given the codes before it."""
+    """Yields (positions_BW, p_BWV) of all tokens in order: the law of each given the codes before it (in the order of
+    scales: those of coarser scales)."""
     target = Target(backbone, request)
     batch, length = codes_BL.shape
     positions_BL = torch.arange(length, device=codes_BL.device).expand(batch, -1)
-    yield positions_BL[:, :1], target.start()
+    p_BWV = target.start()
+    known = p_BWV.shape[1]
+    yield positions_BL[:, :known], p_BWV
+    if order_of(backbone) == "scales":
+        assert request.space is not None
+        cells_BNC = scale_inputs(request.space.codebook_VC[codes_BL], request.space)
+        if known < length:
+            yield positions_BL[:, known:], target.read(cells_BNC, known)
+        return
     for first in range(1, length, CHUNK):
         here = positions_BL[:, first:first + CHUNK]
         yield here, target.step(codes_BL.gather(1, here - 1), here - 1, reached=first - 1)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from torch import Tensor
 
 from arimg.errors import InputError
-from arimg.models.base import Condition
+from arimg.models.base import Condition, Order, order_of
 from arimg.noise import CounterNoise
 from arimg.registry import DECODERS
 
@@ -58,26 +58,37 @@ class Sampling:
             raise InputError(f"--top-p {self.top_p}: needs a number in (0, 1]; 1 keeps every code")
 
 
+def token_scales(space: "TokenSpace | None", grid: tuple[int, int]) -> tuple[tuple[int, int], ...]:
+    """The scales of a tokenizer that has several, else the grid alone."""
+    return (grid,) if space is None or space.scales is None else space.scales
+
+
 @dataclass(frozen=True)
 class DecodeRequest:
     """One batch of images to decode. Every tensor lies on the model's device."""
 
     condition: Condition                            # B rows
-    grid: tuple[int, int]                           # (h, w) in tokens; L = h * w
+    grid: tuple[int, int]                           # (h, w) in tokens, of the finest scale
     seeds_B: Tensor                                 # int64: image k's own seed
     inject_KBLD: Tensor | None = None               # row j is added where token j is predicted; None = no control
     guidance: Guidance = Guidance()
     sampling: Sampling = Sampling()
     space: "TokenSpace | None" = None               # for decoders that need the codebook
     forced_BL: Tensor | None = None                 # int64; -1 = free
+    forced_BLC: Tensor | None = None                # the same for continuous tokens; NaN = free
     draft_BL: Tensor | None = None                  # int64; codes to verify
     steps: int | None = None                        # for decoders with a number of steps
     noise: CounterNoise = CounterNoise()
 
     @property
+    def scales(self) -> tuple[tuple[int, int], ...]:
+        """(h, w) of every scale of tokens, coarse to fine; one scale for a raster."""
+        return token_scales(self.space, self.grid)
+
+    @property
     def length(self) -> int:
-        """L."""
-        return self.grid[0] * self.grid[1]
+        """L, over all scales."""
+        return sum(height * width for height, width in self.scales)
 
 
 @dataclass(frozen=True)
@@ -105,7 +116,8 @@ class DecodeStats:
 
 @dataclass(frozen=True)
 class DecodeResult:
-    """Codes and / or latents of B images, raster order."""
+    """Codes and / or latents of B images, in raster order, scale after scale. Where there are latents, the picture is
+    painted from these."""
 
     stats: DecodeStats
     codes_BL: Tensor | None = None
@@ -135,9 +147,27 @@ def find_decoder(decoder: str | Decoder, window: int | str | None = None, lossy:
     elif window is not None:
         raise InputError(f"window {window} beside a decoder object: give the window to the object itself")
     if decoder.guarantee == "none" and not lossy:
-        raise InputError(f"the decoder {name} does not keep the model's law: add --lossy (lossy=True) to "
-                         "accept that, or use jacobi, which paints the very picture of plain decoding")
+        raise InputError(f"the decoder {name} does not keep the model's law: add --lossy (lossy=True) to accept that, "
+                         f"or use one that does ({', '.join(_lawful(order_of(decoder)))})")
     return decoder
+
+
+ORDERS = {"raster": "token by token", "scales": "scale by scale", "continuous": "continuous tokens"}
+
+
+def check_order(name: str | Decoder, decoder: Decoder, network: Any) -> None:
+    """Raises InputError when the decoder is for networks that predict tokens in another order than this one."""
+    order, own = order_of(decoder), order_of(network)
+    if order != own:
+        name = name if isinstance(name, str) else type(name).__name__
+        raise InputError(f"the decoder {name} paints {ORDERS[order]}, but this model {ORDERS[own]}; use "
+                         f"{' or '.join(_lawful(own))}")
+
+
+def _lawful(order: Order) -> list[str]:
+    """Names of the decoders that serve this order and keep the model's law."""
+    decoders = {name: DECODERS.load(name) for name in DECODERS.names()}
+    return [name for name, decoder in decoders.items() if order_of(decoder) == order and decoder.guarantee != "none"]
 
 
 def _named(name: str, window: int | str | None) -> Decoder:

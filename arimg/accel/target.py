@@ -1,6 +1,10 @@
 """The law that every decoder samples from: guidance branches are formed and mixed here, and temperature, top-k and
 top-p are applied here, once, in float32 (float64 models stay in float64).
 
+Guidance acts on token j with a share r(j): full + r (guided - full). In raster order r is 1 inside the interval of
+positions and 0 outside; in the order of scales it also ramps up, r = k / (S - 1) for the tokens of scale k = 0 .. S-1
+(VAR), so that the first scale is unguided and cfg_k = 1 + r (cfg - 1). VAR's own files call cfg - 1 the guidance scale.
+
 Letters: B images; G guidance branches; R = G*B rows; W positions of a pass; L tokens; V codes; P prefix slots.
 """
 
@@ -13,23 +17,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from arimg.accel.base import DecodeRequest, Guidance, Sampling
-from arimg.models.base import Backbone, Condition
+from arimg.models.base import Backbone, Condition, order_of
 from arimg.models.layers import at_least_float32
 
 FULL, CLASS, NULL = "full", "class", "null"     # condition + control; condition alone; null condition alone
 
 
-def branch_scales(guidance: Guidance, controlled: bool) -> dict[str, float]:
+def branch_scales(guidance: Guidance, controlled: bool, ramp: bool = False) -> dict[str, float]:
     """The branches that must be computed, each with the scale of the step that leads to it, in the order of rows.
 
     guided = null + cfg * (class - null) + control_cfg * (full - class), so the weights are 1 - cfg, cfg - control_cfg
     and control_cfg. A branch of weight 0 drops out of the chain without changing the other scales; control_cfg = cfg
-    leaves null + cfg * (full - null) (Ho and Salimans 2022). Outside an interval `full` is needed by itself.
+    leaves null + cfg * (full - null) (Ho and Salimans 2022). Outside an interval and on a ramp `full` is needed by
+    itself.
     """
     control_cfg = guidance.control_cfg if controlled and guidance.control_cfg is not None else guidance.cfg
     weights = {FULL: control_cfg, CLASS: guidance.cfg - control_cfg, NULL: 1 - guidance.cfg}
     scales = {FULL: control_cfg, CLASS: guidance.cfg, NULL: 1.0}
-    limited = guidance.interval != (0, None)
+    limited = ramp or guidance.interval != (0, None)
     return {name: scales[name] for name in scales if weights[name] or (name == FULL and limited)}
 
 
@@ -42,8 +47,11 @@ def mix(logits_GBWV: Tensor, scales: dict[str, float]) -> Tensor:
     return guided_BWV
 
 
-def filter_probs(logits_BWV: Tensor, sampling: Sampling) -> Tensor:
-    """p_BWV after temperature, top-k (ties with the k-th survive) and top-p (the code that crosses p survives)."""
+def filter_probs(logits_BWV: Tensor, sampling: Sampling, from_below: bool = False) -> Tensor:
+    """p_BWV after temperature, top-k (ties with the k-th survive) and top-p (the code that crosses p survives).
+
+    `from_below`: VAR's reading of top-p, which adds up from the least likely code and cuts equal codes the other way.
+    """
     logits_BWV = at_least_float32(logits_BWV)
     if sampling.temperature == 0:
         best_BW = logits_BWV.argmax(-1)
@@ -53,7 +61,8 @@ def filter_probs(logits_BWV: Tensor, sampling: Sampling) -> Tensor:
         kth_BW1 = logits_BWV.topk(sampling.top_k).values[..., -1:]
         logits_BWV = logits_BWV.masked_fill(logits_BWV < kth_BW1, float("-inf"))
     if sampling.top_p < 1:
-        logits_BWV = logits_BWV.masked_fill(_beyond_nucleus(logits_BWV, sampling.top_p), float("-inf"))
+        beyond = _tail if from_below else _beyond_nucleus
+        logits_BWV = logits_BWV.masked_fill(beyond(logits_BWV, sampling.top_p), float("-inf"))
     return logits_BWV.softmax(-1)
 
 
@@ -65,20 +74,30 @@ def _beyond_nucleus(logits_BWV: Tensor, top_p: float) -> Tensor:
     return torch.zeros_like(logits_BWV, dtype=torch.bool).scatter_(-1, order_BWV, before_BWV > top_p)
 
 
+def _tail(logits_BWV: Tensor, top_p: float) -> Tensor:
+    """Bool: codes that hold at most 1 - `top_p` together with all that are less likely; never the best one."""
+    sorted_BWV, order_BWV = logits_BWV.sort(dim=-1, stable=True)
+    cut_BWV = sorted_BWV.softmax(-1).cumsum(-1) <= 1 - top_p
+    cut_BWV[..., -1] = False
+    return torch.zeros_like(cut_BWV).scatter_(-1, order_BWV, cut_BWV)
+
+
 class Target:
     """The run state of one decode: rows of all branches in one batch, their cache, and the number of passes so far.
 
-    Call `start` first; it may be called again to begin anew. Positions are token positions in [0, L); `step` reads
-    codes there and returns the laws of the positions after them. A position may be read again with another code, which
-    replaces the first. Reading position L-1 or beyond is allowed as a filler in ragged batches: its law means nothing
-    and no other position sees it.
+    Call `start` first; it may be called again to begin anew. Positions are token positions in [0, L). In raster order
+    `step` reads codes and returns the laws of the positions after them. A position may be read again with another code,
+    which replaces the first. Reading position L-1 or beyond is allowed as a filler in ragged batches: its law means
+    nothing and no other position sees it. In the order of scales `start` gives the laws of all tokens of the first
+    scale, and `read` takes the cells of a map and returns the laws of the tokens at the very same positions.
     """
 
     def __init__(self, backbone: Backbone, request: DecodeRequest) -> None:
         self.request = request
         self.forward_passes = 0
         self._backbone = backbone
-        self._scales = branch_scales(request.guidance, request.inject_KBLD is not None)
+        self._by_scale = order_of(backbone) == "scales"
+        self._scales = branch_scales(request.guidance, request.inject_KBLD is not None, ramp=self._by_scale)
         self._condition = Condition.cat([backbone.null(request.condition) if name == NULL else request.condition
                                          for name in self._scales])
         inject = request.inject_KBLD if FULL in self._scales else None
@@ -86,9 +105,15 @@ class Target:
         self._cache: Any = None
         self._leaves = 0
 
+    @property
+    def backbone(self) -> Any:
+        """The network, for decoders that run it by themselves."""
+        return self._backbone
+
     def start(self, leaves: int = 0) -> Tensor:
-        """Read the prefix. p_B1V: the law of token 0. `leaves`: how many leaves of a tree the passes may read."""
-        return filter_probs(self.start_logits(leaves), self.request.sampling)
+        """Read the prefix. p_B1V: the law of token 0; or p_BPV: the laws of the first scale. `leaves`: how many leaves
+        of a tree the passes may read."""
+        return self._probs(self.start_logits(leaves))
 
     def step(self, codes_BW: Tensor, positions_BW: Tensor, reached: int = 0, stop: int | None = None,
              leaves: int = 0) -> Tensor:
@@ -99,7 +124,12 @@ class Target:
         and lets the cache read less (None = positions were read without gaps so far). The last `leaves` entries of the
         pass are leaves of a tree: other codes for their positions, seen by nothing, forgotten after the pass.
         """
-        return filter_probs(self.step_logits(codes_BW, positions_BW, reached, stop, leaves), self.request.sampling)
+        return self._probs(self.step_logits(codes_BW, positions_BW, reached, stop, leaves))
+
+    def read(self, latents_BWC: Tensor, first: int) -> Tensor:
+        """In the order of scales: read the cells of tokens first .. first+W-1, those of one or more whole scales.
+        p_BWV: their laws. Every slot sees its own scale and the coarser ones."""
+        return self._probs(self.read_logits(latents_BWC, first))
 
     def draw(self, p_BWV: Tensor, positions_BW: Tensor) -> Tensor:
         """codes_BW = argmax(log p + Gumbel noise of each image's seed at the positions of the drawn tokens)."""
@@ -108,19 +138,32 @@ class Target:
     def start_logits(self, leaves: int = 0) -> Tensor:
         """As `start`, the guided logits before temperature and filters."""
         branches, length = len(self._scales), self._backbone.prefix_length
+        tokens = length if self._by_scale else 1                # that the prefix predicts
         x_RPD = self._backbone.prefix(self._condition)
         slots_RP = torch.arange(length, device=x_RPD.device).expand(x_RPD.shape[0], -1)
         self._leaves = leaves
         scratch: dict[str, Any] = {"scratch": leaves} if leaves else {}
-        self._cache = self._backbone.new_cache(x_RPD.shape[0], length + self.request.length, self.request.grid,
+        slots = self.request.length + (0 if self._by_scale else length)
+        self._cache = self._backbone.new_cache(x_RPD.shape[0], slots, self.request.grid,
                                                self._condition.caption_mask_BP, **scratch)
         self.forward_passes = 1
-        tokens_B1 = slots_RP.new_zeros(x_RPD.shape[0] // branches, 1)
-        inject = self._inject(tokens_B1, branches)
+        tokens_BT = slots_RP[:x_RPD.shape[0] // branches, :tokens]
+        inject = self._inject(tokens_BT, branches)
         if inject is not None:
-            inject = F.pad(inject, (0, 0, length - 1, 0))
+            inject = F.pad(inject, (0, 0, length - tokens, 0))
         h_RPD = self._backbone.step(x_RPD, slots_RP, self._cache, inject)
-        return self._guided(h_RPD[:, -1:], tokens_B1, self._scales)
+        return self._guided(h_RPD[:, -tokens:], tokens_BT, self._scales)
+
+    def read_logits(self, latents_BWC: Tensor, first: int) -> Tensor:
+        """As `read`, the guided logits before temperature and filters."""
+        branches, stop = len(self._scales), first + latents_BWC.shape[1]
+        tokens_BW = torch.arange(first, stop, device=latents_BWC.device).expand(len(latents_BWC), -1)
+        slots_RW = tokens_BW.repeat(branches, 1)
+        self._cache.limit(stop)
+        x_RWD = self._backbone.embed(latents_BWC.repeat(branches, 1, 1), slots_RW)
+        self.forward_passes += 1
+        h_RWD = self._backbone.step(x_RWD, slots_RW, self._cache, self._inject(tokens_BW, branches))
+        return self._guided(h_RWD, tokens_BW, self._scales)
 
     def step_logits(self, codes_BW: Tensor, positions_BW: Tensor, reached: int = 0, stop: int | None = None,
                     leaves: int = 0) -> Tensor:
@@ -150,15 +193,26 @@ class Target:
         return F.pad(inject_KBWD, (0, 0, 0, 0, 0, (branches - 1) * tokens_BW.shape[0]))
 
     def _guided(self, h_RWD: Tensor, tokens_BW: Tensor, scales: dict[str, float]) -> Tensor:
-        """guided_BWV for the tokens that the passes predict; outside the guidance interval the full branch alone."""
+        """guided_BWV for the tokens that the passes predict: each gets its share of guidance."""
         logits_GBWV = at_least_float32(self._backbone.logits(h_RWD)).unflatten(0, (len(scales), -1))
         first, stop = self.request.guidance.interval
         if len(scales) == 1:
             return logits_GBWV[0]
         guided_BWV = mix(logits_GBWV, scales)
+        if self._by_scale:
+            guided_BWV = logits_GBWV[0].lerp(guided_BWV, self._ramp(tokens_BW).to(guided_BWV.dtype)[..., None])
         if (first, stop) == (0, None):
             return guided_BWV
         inside_BW = tokens_BW >= first
         if stop is not None:
             inside_BW = inside_BW & (tokens_BW < stop)
         return torch.where(inside_BW[..., None], guided_BWV, logits_GBWV[0])
+
+    def _ramp(self, tokens_BW: Tensor) -> Tensor:
+        """k / (S - 1) of each token's scale k, float32; 0 where there is one scale."""
+        sizes_S = torch.tensor([height * width for height, width in self.request.scales], device=tokens_BW.device)
+        scales_BW = torch.bucketize(tokens_BW.contiguous(), sizes_S.cumsum(0), right=True)
+        return scales_BW / max(1, len(sizes_S) - 1)
+
+    def _probs(self, logits_BWV: Tensor) -> Tensor:
+        return filter_probs(logits_BWV, self.request.sampling, from_below=self._by_scale)

@@ -5,15 +5,28 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import TypeVar
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from arimg.devices import synchronize
 
 T = TypeVar("T")
 
 GEMM_SIDE = 1024
+READ_BYTES = 1 << 30
+SHOWN_OPERATORS = 10
+
+# torch's counter knows the attention kernels of GPUs only.
+_CPU_ATTENTION: dict[Any, Callable[..., int]] = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
+        lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
+        lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v),
+}
 
 
 def timed(device: torch.device, function: Callable[[], T]) -> tuple[float, T]:
@@ -23,6 +36,22 @@ def timed(device: torch.device, function: Callable[[], T]) -> tuple[float, T]:
     result = function()
     synchronize(device)
     return time.perf_counter() - began, result
+
+
+@dataclass(frozen=True)
+class Lap:
+    """What one call took. On a busy machine the processor's time is the steadier of the two; threads that wait for one
+    another count in it."""
+
+    seconds: float
+    cpu_seconds: float      # of all threads of this process
+
+
+def lapped(device: torch.device, function: Callable[[], T]) -> tuple[Lap, T]:
+    """(lap, result) of one call."""
+    began = time.process_time()
+    seconds, result = timed(device, function)
+    return Lap(seconds, time.process_time() - began), result
 
 
 def median(values: Iterable[float]) -> float:
@@ -49,6 +78,61 @@ class GemmClock:
     def rate(self) -> float:
         """FLOP/s, the median of all measurements."""
         return 2 * GEMM_SIDE ** 3 / median(self._seconds)
+
+
+class ReadClock:
+    """The machine's rate at reading memory: the sum of 1 GiB of float32, on all threads of torch."""
+
+    def __init__(self, device: torch.device, size: int = READ_BYTES) -> None:
+        self._device = device
+        self._data = torch.zeros(size // 4, device=device)
+        self._seconds: list[float] = []
+        _ = self._data.sum()
+
+    def measure(self) -> None:
+        """One more measurement."""
+        self._seconds.append(timed(self._device, self._data.sum)[0])
+
+    @property
+    def rate(self) -> float:
+        """bytes/s, the median of all measurements."""
+        return self._data.nbytes / median(self._seconds)
+
+
+@dataclass(frozen=True)
+class Operator:
+    """One row of a profile."""
+
+    name: str
+    calls: int
+    seconds: float                  # by itself, without the operators it calls
+    share: float                    # of all operators
+
+
+def top_operators(function: Callable[[], Any], device: torch.device) -> tuple[Operator, ...]:
+    """The operators of one call with the most time of their own, on the device that computes."""
+    on_cuda = device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * on_cuda]) as profiler:
+        function()
+    rows = [(event.key, event.count, (event.self_device_time_total if on_cuda else event.self_cpu_time_total) / 1e6)
+            for event in profiler.key_averages()]
+    total = sum(seconds for *_, seconds in rows)
+    rows.sort(key=lambda row: -row[2])
+    return tuple(Operator(name, calls, seconds, seconds / total) for name, calls, seconds in rows[:SHOWN_OPERATORS])
+
+
+def operator_table(title: str, operators: Sequence[Operator]) -> str:
+    """Markdown."""
+    return markdown_table([title, "calls", "self, ms", "share"],
+                          [[f"`{one.name}`", str(one.calls), f"{one.seconds * 1e3:.1f}", f"{one.share:.0%}"]
+                           for one in operators])
+
+
+def count_flops(function: Callable[[], Any]) -> int:
+    """FLOPs of the matrix products, convolutions and attention in one call, backward passes included."""
+    with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
+        function()
+    return int(counter.get_total_flops())
 
 
 def describe(device: torch.device) -> str:

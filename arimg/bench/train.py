@@ -18,11 +18,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from tqdm import tqdm
 
-from arimg.bench.machine import GemmClock, describe, markdown_table, median, timed
+from arimg.bench.machine import (GemmClock, Operator, count_flops, describe, markdown_table, median, operator_table,
+                                 timed, top_operators)
 from arimg.devices import find_dtype
 from arimg.errors import InputError
 from arimg.registry import OBJECTIVES
@@ -31,17 +30,9 @@ from arimg.train.run import RunConfig
 
 PHASES = ("batch", "forward", "backward", "optimiser")
 WARM_UP = 2             # steps of each network before the first that counts; the first one compiles
-SHOWN_OPERATORS = 10
 SLOW_BATCH = 0.25       # share of the step from which on the preparation of batches is worth a remark
 
 _PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# torch's counter knows the attention kernels of GPUs only.
-_CPU_ATTENTION: dict[Any, Callable[..., int]] = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
-        lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
-        lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v),
-}
 
 
 @dataclass(frozen=True)
@@ -53,16 +44,6 @@ class StepTimes:
     step: float                     # seconds of the whole step
     images_per_second: float
     gemm_share: float               # FLOPs of a step / (forward + backward) / GEMM rate of the run's precision
-
-
-@dataclass(frozen=True)
-class Operator:
-    """One row of the profile of a plain step."""
-
-    name: str
-    calls: int
-    seconds: float                  # by itself, without the operators it calls
-    share: float                    # of all operators
 
 
 @dataclass(frozen=True)
@@ -135,13 +116,15 @@ def _gemm_clocks(precision: str, device: torch.device) -> dict[str, GemmClock]:
 
 
 def _step_flops(trainer: Trainer) -> int:
-    """FLOPs of matrix products, convolutions and attention in forward and backward of one batch."""
+    """Of forward and backward of one batch."""
     batch = [tensor.to(trainer.accelerator.device) for tensor in trainer.batches.make(0)]
-    with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
+
+    def step() -> None:
         loss, _ = trainer.network(*batch)
         trainer.accelerator.backward(loss)
+    flops = count_flops(step)
     trainer.optimizer.zero_grad()
-    return int(counter.get_total_flops())
+    return flops
 
 
 class _Clocks:
@@ -192,17 +175,9 @@ def _times(network: str, laps: list[dict[str, float]], batch_size: int, flops: i
 
 
 def _profile(trainer: Trainer) -> tuple[Operator, ...]:
-    """The operators of one plain step with the most time of their own, on the device that computes."""
-    on_cuda = trainer.accelerator.device.type == "cuda"
+    """Of one plain step."""
     trainer.step_network = trainer.network
-    activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * on_cuda]
-    with profile(activities=activities) as profiler:
-        trainer.train_step()
-    rows = [(event.key, event.count, (event.self_device_time_total if on_cuda else event.self_cpu_time_total) / 1e6)
-            for event in profiler.key_averages()]
-    total = sum(seconds for *_, seconds in rows)
-    rows.sort(key=lambda row: -row[2])
-    return tuple(Operator(name, calls, seconds, seconds / total) for name, calls, seconds in rows[:SHOWN_OPERATORS])
+    return top_operators(trainer.train_step, trainer.accelerator.device)
 
 
 def _verdict(times: StepTimes, operators: tuple[Operator, ...]) -> str:
@@ -229,8 +204,6 @@ def to_markdown(report: TrainReport) -> str:
     rows.append(["share of GEMM rate", *[cell for times in report.networks
                                          for cell in ("", f"{times.gemm_share:.0%}")]])
     gemms = ", ".join(f"{name} {rate / 1e9:.1f} GFLOP/s" for name, rate in report.gemm_flops_per_second.items())
-    operators = [[f"`{one.name}`", str(one.calls), f"{one.seconds * 1e3:.1f}", f"{one.share:.0%}"]
-                 for one in report.operators]
     return "\n".join([
         f"# {report.run}: a training step of objective {report.objective}", "",
         f"{report.parameters / 1e6:.2f} M trained parameters, batch {report.batch_size}, {report.precision}; "
@@ -239,5 +212,5 @@ def to_markdown(report: TrainReport) -> str:
         "ahead).", f"Forward and backward of a step: {report.step_flops / 1e9:.2f} GFLOP. "
         f"GEMM 1024x1024x1024: {gemms}.", "",
         markdown_table(["phase", *[cell for name in names for cell in (f"{name}, ms", "share")]], rows), "",
-        markdown_table(["operator of a plain step", "calls", "self, ms", "share"], operators), "",
+        operator_table("operator of a plain step", report.operators), "",
         f"{report.verdict}."])

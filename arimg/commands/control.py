@@ -25,12 +25,12 @@ def command(kind: str | None, photo: str | None, output: str, assignments: tuple
     from arimg.control.base import build
 
     images.check_output(output)
-    extractor = build(kind, **_options(assignments))
+    extractor = build(kind, **extractor_options(assignments))
     images.save_image(extractor(images.load_image(photo, "photo")), output)
     click.echo(output)
 
 
-def _options(assignments: tuple[str, ...]) -> dict[str, str]:
+def extractor_options(assignments: tuple[str, ...]) -> dict[str, str]:
     """Keyword arguments from KEY=VALUE texts. Raises InputError."""
     for assignment in assignments:
         if not assignment.partition("=")[0] or "=" not in assignment:

@@ -9,7 +9,7 @@ from arimg.errors import InputError
 
 @click.command("convert", epilog="\b\nExample: arimg convert --from llamagen vq_ds16_c2i.pt c2i_B_256.pt -o llamagen-b")
 @click.argument("files", nargs=-1, required=True, metavar="FILE...")
-@click.option("--from", "source", required=True, metavar="llamagen|controlar", help="Whose files they are.")
+@click.option("--from", "source", required=True, metavar="llamagen|controlar|var|mar|dd1", help="Whose files they are.")
 @click.option("-o", "--output", required=True, metavar="DIR", help="The pipeline folder to write.")
 @click.option("--preset", metavar="NAME", help="Size of the transformer, for example B or XL, where the file does not "
               "tell its number of heads.")

@@ -147,7 +147,8 @@ def _pictures(names: list[str], out: PipelineOutput) -> list[tuple[str, Any, tup
 
 def _statistics(record: dict[str, Any], out: PipelineOutput, names: list[str]) -> dict[str, Any]:
     audit = out.stats.extra.get("audit")
-    return {"images": names, "seeds": list(out.seeds), "codes_shape": list(out.codes.shape),
+    codes_shape = None if out.codes is None else list(out.codes.shape)
+    return {"images": names, "seeds": list(out.seeds), "codes_shape": codes_shape,
             "forward_passes": out.stats.forward_passes, "accepted_per_pass": list(out.stats.accepted_per_pass),
             "guarantee": out.stats.extra["guarantee"], "audit": audit and audit.record(), "seconds": out.stats.seconds,
             "options": record["options"]}

@@ -10,8 +10,8 @@ import click
 @click.command("train", epilog="\b\nExample: arimg train configs/train/emoji/tokenizer.yaml optim.steps=200")
 @click.argument("config", metavar="CONFIG.yaml")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-@click.option("--resume", default="latest", show_default=True, metavar="latest|FOLDER",
-              help="Go on from this run's last checkpoint, if there is one, or from a checkpoint folder.")
+@click.option("--resume", default="latest", show_default=True, metavar="latest|none|FOLDER",
+              help="Go on from this run's last whole checkpoint, if there is one; from the start; from a checkpoint.")
 def command(config: str, overrides: tuple[str, ...], resume: str) -> None:
     """Train what CONFIG.yaml describes; KEY=VALUE changes single values. Prints the folder of the trained weights.
 

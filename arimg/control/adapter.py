@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from arimg.control.encoder import ControlEncoder, EncoderConfig
-from arimg.control.fusion import ControlFusion
+from arimg.control.fusion import ControlFusion, at_scales
 from arimg.errors import InputError
 from arimg.weights import check_keys
 
@@ -52,6 +52,12 @@ class ControlAdapter(nn.Module):
         """tokens_BLE of maps in [-1, 1]; see ControlEncoder.forward."""
         return self.encoder(maps_B3HW, resample, type_ids_B)
 
-    def inject(self, maps_B3HW: Tensor, resample: str = "nearest", type_ids_B: Tensor | None = None) -> Tensor:
-        """inject_KBLD at strength 1: row j is added where token j is predicted. `combine` sets strength and window."""
-        return self.fusion(self.tokens(maps_B3HW, resample, type_ids_B))
+    def inject(self, maps_B3HW: Tensor, resample: str = "nearest", type_ids_B: Tensor | None = None,
+               scales: Sequence[tuple[int, int]] | None = None) -> Tensor:
+        """inject_KBLD at strength 1: row j is added where token j is predicted. `combine` sets strength and window.
+        `scales`: (h, w) of each, for models that predict several; None = the raster of the map's own tokens."""
+        tokens_BLE = self.tokens(maps_B3HW, resample, type_ids_B)
+        if scales is not None:
+            grid = (maps_B3HW.shape[2] // self.config.stride, maps_B3HW.shape[3] // self.config.stride)
+            tokens_BLE = at_scales(tokens_BLE, grid, scales)
+        return self.fusion(tokens_BLE)

@@ -2,7 +2,10 @@
 
     C = condition_mlp(adapter_mlp(tokens))        inject_k = condition_layers[k](C), k = 0 .. K-1
 
-Row j of inject_k is added before layer `injection_layers(...)[k]` at the slot whose output predicts token j.
+Row j of inject_k is added before layer `injection_layers(...)[k]` at the slot whose output predicts token j. A model of
+several scales has a row for every token of every scale: the control tokens are a map, and each scale reads its means
+over the areas of its cells (`at_scales`).
+
 Every MLP is fc2(gelu_tanh(fc1(x))) without biases, so a control of zeros adds exactly zero.
 """
 
@@ -51,6 +54,12 @@ class ControlFusion(nn.Module):
         return torch.stack([layer(control_BLD) for layer in self.condition_layers])
 
 
+def at_scales(tokens_BLE: Tensor, grid: tuple[int, int], scales: Sequence[tuple[int, int]]) -> Tensor:
+    """Control tokens of a grid as those of all `scales` (h, w), one after the other: area means, coarse to fine."""
+    map_BEhw = tokens_BLE.movedim(1, -1).unflatten(-1, grid)
+    return torch.cat([F.adaptive_avg_pool2d(map_BEhw, scale).flatten(2) for scale in scales], dim=2).movedim(1, -1)
+
+
 def injection_layers(layers: int, points: int = 3) -> tuple[int, ...]:
     """Layers before which a control is added: 0, n, 2n, ... with n = layers // points (ControlAR: 0, 4, 8 of 12).
 
@@ -64,12 +73,13 @@ def injection_layers(layers: int, points: int = 3) -> tuple[int, ...]:
 
 
 def combine(injects: Sequence[Tensor], scales: Sequence[float], starts: Sequence[float] | None = None,
-            ends: Sequence[float] | None = None) -> Tensor:
-    """Sum over controls i of s_i(j) * inject_i, with s_i(j) = scale_i where start_i <= j/L < end_i, else 0.
+            ends: Sequence[float] | None = None, sizes: Sequence[int] | None = None) -> Tensor:
+    """Sum over controls i of s_i(j) * inject_i, with s_i(j) = scale_i where start_i <= u(j) < end_i, else 0.
 
-    `injects`: inject_KBLD of each control, all of one shape. `starts`, `ends`: parts of the raster order in [0, 1];
-    None = the whole picture. Strength multiplies after the last MLP, as in ControlAR. Raises InputError on counts that
-    do not pair up, on scales that are not finite and on windows that are empty or leave [0, 1].
+    `injects`: inject_KBLD of each control, all of one shape. `starts`, `ends`: parts of the generation in [0, 1];
+    None = all of it. u(j) = j/L, or k/S for the tokens of scale k of S if `sizes` gives the tokens per scale. Strength
+    multiplies after the last MLP, as in ControlAR. Raises InputError on counts that do not pair up, on scales that are
+    not finite and on windows that are empty or leave [0, 1].
     """
     starts = [0.0] * len(injects) if starts is None else starts
     ends = [1.0] * len(injects) if ends is None else ends
@@ -77,12 +87,13 @@ def combine(injects: Sequence[Tensor], scales: Sequence[float], starts: Sequence
         if len(values) != len(injects):
             raise InputError(f"{len(values)} values of --{name} for {len(injects)} controls; give one for each")
     assert injects and all(inject.shape == injects[0].shape for inject in injects), [i.shape for i in injects]
-    weighted = [inject * _strengths(inject, *window) for inject, *window in zip(injects, scales, starts, ends)]
+    sizes = [1] * injects[0].shape[2] if sizes is None else sizes
+    weighted = [inject * _strengths(inject, sizes, *window) for inject, *window in zip(injects, scales, starts, ends)]
     total = torch.stack(weighted).sum(0) if len(weighted) > 1 else weighted[0]
     return total.to(injects[0].dtype)
 
 
-def _strengths(inject_KBLD: Tensor, scale: float, start: float, end: float) -> Tensor:
+def _strengths(inject_KBLD: Tensor, sizes: Sequence[int], scale: float, start: float, end: float) -> Tensor:
     """s(j) as (L, 1), in float32 at least: 0.6 is no bfloat16 number."""
     if not math.isfinite(scale):
         raise InputError(f"--control-scale {scale}: needs a finite number; 1 is the trained strength, "
@@ -90,7 +101,6 @@ def _strengths(inject_KBLD: Tensor, scale: float, start: float, end: float) -> T
     if not 0 <= start < end <= 1:
         raise InputError(f"--control-start {start} --control-end {end}: needs 0 <= start < end <= 1; "
                          "0 and 1 cover the whole picture")
-    length = inject_KBLD.shape[2]
-    values = [scale if start <= j / length < end else 0.0 for j in range(length)]
+    values = [scale if start <= k / len(sizes) < end else 0.0 for k, size in enumerate(sizes) for _ in range(size)]
     dtype = torch.promote_types(inject_KBLD.dtype, torch.float32)
     return torch.tensor(values, dtype=dtype, device=inject_KBLD.device)[:, None]

@@ -6,13 +6,14 @@ the resampled values moved onto the value measured: value + (quantile - median).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
 
 ROUNDS = 1000
 LEVEL = 0.95
+DRAWN_AT_ONCE = 1_000_000       # numbers: rounds times pictures
 
 
 class Figure(NamedTuple):
@@ -23,14 +24,20 @@ class Figure(NamedTuple):
     high: float
 
 
-def draws(count: int, rounds: int = ROUNDS, seed: int = 0) -> np.ndarray:
-    """counts_RN int64: how often each of `count` pictures was drawn in each round; rows sum to `count`."""
-    return np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=rounds)
+def draws(count: int, rounds: int = ROUNDS, seed: int = 0) -> Iterator[np.ndarray]:
+    """counts_N int64 for each round: how often each of `count` pictures was drawn; they sum to `count`."""
+    generator = np.random.default_rng(seed)
+    at_once = max(1, DRAWN_AT_ONCE // count)
+    for first in range(0, rounds, at_once):
+        yield from generator.multinomial(count, np.full(count, 1 / count), size=min(at_once, rounds - first))
 
 
 def figure(value: float, resampled: Iterable[float], lowest: float = -np.inf) -> Figure:
-    """`value` with the interval of its resampled values about it, cut off below `lowest`."""
-    low, middle, high = np.quantile(np.fromiter(resampled, np.float64), [(1 - LEVEL) / 2, 0.5, (1 + LEVEL) / 2])
+    """`value` with the interval of its resampled values about it, cut off below `lowest`; NaN without any."""
+    values_R = np.fromiter(resampled, np.float64)
+    if not len(values_R):
+        return Figure(float(value), np.nan, np.nan)
+    low, middle, high = np.quantile(values_R, [(1 - LEVEL) / 2, 0.5, (1 + LEVEL) / 2])
     return Figure(float(value), float(max(lowest, value + low - middle)), float(value + high - middle))
 
 
@@ -40,4 +47,5 @@ def mean_figure(values_N: np.ndarray, seed: int = 0) -> Figure:
     values_N = values_N[~np.isnan(values_N)]
     if not len(values_N):
         return Figure(np.nan, np.nan, np.nan)
-    return figure(values_N.mean(), draws(len(values_N), seed=seed) @ values_N / len(values_N))
+    count = len(values_N)
+    return figure(values_N.mean(), (counts_N @ values_N / count for counts_N in draws(count, seed=seed)))

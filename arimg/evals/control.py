@@ -16,14 +16,17 @@ import numpy as np
 
 from arimg import images
 from arimg.conditions import checked_type
+from arimg.control.base import Extractor as MapExtractor
 from arimg.control.base import build, get_type
-from arimg.data import to_images
 from arimg.errors import InputError
 from arimg.evals.bootstrap import Figure, mean_figure
-from arimg.evals.control_metrics import Region, canny_edges, edge_scores, extracted, lines_of_maps, map_differences
+from arimg.evals.control_metrics import (Region, canny_edges, check_map_scores, edge_scores, extracted, lines_of_maps,
+                                         map_scores)
+from arimg.evals.extractors import Extractor, metric_name
 from arimg.evals.held_out import HeldOut, bar, protocol
-from arimg.evals.picture_sets import Extractor, PictureSet, distances, features_of, picture_files
-from arimg.evals.report import Report, versions
+from arimg.evals.painter import Painter
+from arimg.evals.picture_sets import PictureSet, distances, features_of, picture_files
+from arimg.evals.report import Report, settled_options, versions
 from arimg.evals.styles import StyleJudge
 from arimg.evals.tokenizer_metrics import reconstruct
 from arimg.pipeline import Pipeline
@@ -32,30 +35,6 @@ STRENGTHS = (0.0, 0.5, 1.0)
 CONTROL_GUIDANCE = (1.0, 2.0, 3.0)
 TOP, LEFT, RIGHT = Region(bottom=0.5), Region(right=0.5), Region(left=0.5)
 HALVES = ("canny", "lineart")       # types on the left and on the right
-
-
-@dataclass(frozen=True)
-class Painter:
-    """A pipeline with the options of all its calls, painting in batches (which do not change the pictures)."""
-
-    pipe: Pipeline
-    options: Mapping[str, Any]
-    seed: int = 0
-    batch: int = 20
-
-    def __call__(self, title: str, controls: Sequence[tuple[str, np.ndarray]], class_names: Sequence[str] | None,
-                 **options: Any) -> np.ndarray:
-        """pixels_NHW3 uint8 along `controls`, pairs of a type and its maps_NHW3; picture k has seed + k."""
-        pixels = []
-        count = len(controls[0][1])
-        for start in bar(title)(range(0, count, self.batch)):
-            stop = min(start + self.batch, count)
-            out = self.pipe(control=[to_images(maps_NHW3[start:stop]) for _, maps_NHW3 in controls],
-                            control_type=[name for name, _ in controls],
-                            class_name=None if class_names is None else list(class_names[start:stop]),
-                            seeds=[self.seed + k for k in range(start, stop)], **{**self.options, **options})
-            pixels += [np.asarray(picture) for picture in out.images]
-        return np.stack(pixels)
 
 
 @dataclass
@@ -67,6 +46,7 @@ class HeldOutControl:
     kind: str                       # control type
     extractor: Extractor
     report: Report
+    map_options: Mapping[str, str]  # of the extractor of control images
 
     @cached_property
     def edges(self) -> np.ndarray:
@@ -82,20 +62,30 @@ class HeldOutControl:
     def reconstructions(self) -> np.ndarray:
         """The originals through the tokenizer and back."""
         pipe = self.painter.pipe
-        return reconstruct(pipe.tokenizer, self.data.chosen, pipe.device, bar("reconstructions")).pixels_NHW3
+        return reconstruct(pipe.tokenizer, self.data.chosen, pipe.device, bar("reconstructions"))
 
     @cached_property
     def reference(self) -> PictureSet:
         """Features of all held-out originals."""
         return self.features(self.data.pixels, "held-out originals")
 
+    @cached_property
+    def map_extractor(self) -> MapExtractor:
+        """Of the control type that is measured; networks are loaded once."""
+        return build(self.kind, **self.map_options)
+
+    @cached_property
+    def own_maps(self) -> np.ndarray:
+        """maps_NHW3 of the originals, of the type that is measured."""
+        return extracted(self.data.chosen, self.map_extractor)
+
     def maps(self, kind: str) -> np.ndarray:
         """maps_NHW3 of the originals."""
-        return extracted(self.data.chosen, build(kind))
+        return self.own_maps if kind == self.kind else extracted(self.data.chosen, build(kind))
 
     def paint(self, title: str, controls: Sequence[tuple[str, np.ndarray]], **options: Any) -> np.ndarray:
         """Samples of the chosen pictures' classes."""
-        return self.painter(title, controls, self.data.class_names[:self.data.count], **options)
+        return self.painter(title, controls, self.data.chosen_classes, **options)
 
     def features(self, pixels_NHW3: np.ndarray, name: str) -> PictureSet:
         """Features, with a progress bar."""
@@ -107,18 +97,22 @@ class HeldOutControl:
 
 
 def evaluate_control(painter: Painter, data: HeldOut, kind: str, extractor: Extractor, sweep: bool = False,
-                     halves: bool = False, judge: StyleJudge | None = None, **more: Any) -> Report:
-    """Edges and distances of samples and of reconstructions; on demand the sweep over strength, control guidance and
-    control end, the half-and-half pictures, and the styles as `judge` sees them.
+                     halves: bool = False, judge: StyleJudge | None = None,
+                     map_options: Mapping[str, str] | None = None, **more: Any) -> Report:
+    """Edges, maps and distances of samples and of reconstructions; on demand the sweep over strength, control guidance
+    and control end, the half-and-half pictures, and the styles as `judge` sees them.
 
-    Raises InputError when pipeline and data do not fit, UnknownNameError on an unknown control type or class.
+    `map_options`: of the extractor of control images. Raises InputError when pipeline and data do not fit,
+    UnknownNameError on an unknown control type or class, CheckpointError where an extractor lacks its weights.
     """
-    _check_size(painter.pipe, data)
+    check_size(painter.pipe, data)
     for name in (kind, *(HALVES if halves else ())):
         checked_type(name, painter.pipe.control_types)
-    report = Report(protocol("control", data, extractor, painter.seed, control_type=kind,
-                             options=_plain_options(painter), **more))
-    run = HeldOutControl(painter, data, kind, extractor, report)
+    check_map_scores(kind)
+    map_options = map_options or {}
+    report = Report(protocol("control", data, extractor, painter.seed, control_type=kind, map_options=dict(map_options),
+                             options=settled_options(painter.pipe, painter.options), **more))
+    run = HeldOutControl(painter, data, kind, extractor, report, map_options)
     _basic(run)
     _distances(run)
     if sweep:
@@ -144,7 +138,7 @@ def evaluate_maps(painter: Painter, folder: Path, kind: str, count: int, class_n
     maps_NHW3 = np.stack(fitted)[which]
     report = Report({"evaluation": "control maps", "versions": versions(), "maps": [path.name for path in files],
                      "pictures": count, "seed": painter.seed, "control_type": kind, "class": class_name,
-                     "options": _plain_options(painter), **more})
+                     "options": settled_options(painter.pipe, painter.options), **more})
     pixels = painter("samples", [(kind, maps_NHW3)], None if class_name is None else [class_name] * count)
     painted, given = canny_edges(pixels), lines_of_maps(maps_NHW3, kind)
     report.add("samples", _scores(painted, given, painter.seed))
@@ -157,6 +151,11 @@ def evaluate_maps(painter: Painter, folder: Path, kind: str, count: int, class_n
     return report
 
 
+def edge_figures(pixels_NHW3: np.ndarray, originals_NHW3: np.ndarray, seed: int) -> dict[str, Figure]:
+    """The edges of pictures against those of the originals."""
+    return _scores(canny_edges(pixels_NHW3), canny_edges(originals_NHW3), seed)
+
+
 def _scores(painted: np.ndarray, given: np.ndarray, seed: int, region: Region = Region()) -> dict[str, Figure]:
     scores = edge_scores(painted, given, region)
     return {name: mean_figure(values, seed) for name, values in scores._asdict().items()}
@@ -165,10 +164,11 @@ def _scores(painted: np.ndarray, given: np.ndarray, seed: int, region: Region = 
 def _basic(run: HeldOutControl) -> None:
     """Samples, reconstructions of the same originals, and samples against the map of another picture."""
     run.score("samples", run.samples)
-    if run.kind != "canny":
-        differences = map_differences(run.samples, run.maps(run.kind), build(run.kind))
-        run.report.add("samples", {"map_difference": mean_figure(differences, run.painter.seed)})
     run.score("reconstructions", run.reconstructions)
+    if run.kind != "canny":
+        for name, pixels in (("samples", run.samples), ("reconstructions", run.reconstructions)):
+            found = extracted(pixels, run.map_extractor)
+            run.report.add(name, map_scores(run.kind, found, run.maps(run.kind), run.painter.seed))
     others = np.roll(run.edges, 1, axis=0)
     run.report.add("shuffled maps", _scores(canny_edges(run.samples), others, run.painter.seed))
     run.report.ratio("f1", "samples", "reconstructions")
@@ -180,9 +180,9 @@ def _distances(run: HeldOutControl) -> None:
     seed = run.painter.seed
     for name, pixels in (("samples", run.samples), ("reconstructions", run.reconstructions)):
         run.report.add(name, distances(run.features(pixels, name), run.reference, seed))
-    originals = replace(run.reference, features_NC=run.reference.features_NC[:run.data.count])
+    originals = replace(run.reference, features=run.reference.features.first(run.data.count))
     run.report.add("originals", distances(originals, run.reference, seed))
-    run.report.ratio(f"fd_{run.extractor.name}", "samples", "reconstructions")
+    run.report.ratio(metric_name("fid", run.extractor.name), "samples", "reconstructions")
 
 
 def _sweep(run: HeldOutControl) -> None:
@@ -215,7 +215,8 @@ def _halves(run: HeldOutControl) -> None:
 def _styles(run: HeldOutControl, judge: StyleJudge) -> None:
     """What share of pictures shows the style of its class: held-out originals, their reconstructions, samples, and
     samples painted along a map of one style with the class of another."""
-    chosen = run.data.class_names[:run.data.count]
+    chosen = run.data.chosen_classes
+    assert run.data.class_names is not None and chosen is not None, "a data set with styles has classes"
     swapped = [judge.other_style(name) for name in chosen]
     foreign = run.painter("other style", [(run.kind, run.maps(run.kind))], swapped)
     for name, pixels, class_names in (("all held-out originals", run.data.pixels, run.data.class_names),
@@ -227,18 +228,10 @@ def _styles(run: HeldOutControl, judge: StyleJudge) -> None:
     run.score("samples of another style", foreign)
 
 
-def _check_size(pipe: Pipeline, data: HeldOut) -> None:
+def check_size(pipe: Pipeline, data: HeldOut) -> None:
     """Raises InputError when the model paints another size than the data set has."""
     size = data.pixels.shape[1:3]
     if tuple(pipe.settings.size) != size:
         height, width = pipe.settings.size
         raise InputError(f"the model paints {height}x{width} pixels and the data set has {size[0]}x{size[1]}; make one "
                          f"of that size with: arimg data emoji --size {height}")
-
-
-def _plain_options(painter: Painter) -> dict[str, Any]:
-    """The options of the calls, the model's defaults included."""
-    settings = painter.pipe.settings
-    defaults = {name: getattr(settings, name)
-                for name in ("decoder", "cfg", "control_cfg", "temperature", "top_k", "top_p")}
-    return {**defaults, **painter.options, "dtype": str(painter.pipe.dtype).removeprefix("torch.")}

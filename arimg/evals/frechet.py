@@ -13,6 +13,8 @@ import numpy as np
 from arimg.evals.bootstrap import Figure, draws, figure
 
 FRECHET_ROUNDS = 200        # each takes an eigenvalue problem
+CHUNK = 1000                # rows that are read at once
+KID_PICTURES = 5000         # of each set at most: the kernel is taken between all pairs
 
 
 class Moments:
@@ -23,17 +25,30 @@ class Moments:
         self.mean_C = np.zeros(channels)
         self._scatter_CC = np.zeros((channels, channels))
 
-    def update(self, features_BC: np.ndarray) -> Moments:
-        """Take in a batch. Returns self."""
+    @classmethod
+    def of(cls, features_NC: np.ndarray, counts_N: np.ndarray | None = None) -> Moments:
+        """Of all rows, read in pieces: a memory map need not fit into memory. `counts_N`: as `update`."""
+        moments = cls(features_NC.shape[1])
+        for first in range(0, len(features_NC), CHUNK):
+            rows = slice(first, first + CHUNK)
+            moments.update(features_NC[rows], None if counts_N is None else counts_N[rows])
+        return moments
+
+    def update(self, features_BC: np.ndarray, counts_B: np.ndarray | None = None) -> Moments:
+        """Take in a batch, each row once or `counts_B` times. Returns self."""
         features_BC = np.asarray(features_BC, np.float64)
-        mean_C = features_BC.mean(0)
+        weights_B = np.ones(len(features_BC)) if counts_B is None else counts_B.astype(np.float64)
+        added = weights_B.sum()
+        if added == 0:
+            return self
+        mean_C = weights_B @ features_BC / added
         centred_BC = features_BC - mean_C
-        count = self.count + len(features_BC)
+        count = self.count + added
         shift_C = mean_C - self.mean_C
-        self._scatter_CC += centred_BC.T @ centred_BC
-        self._scatter_CC += np.outer(shift_C, shift_C) * (self.count * len(features_BC) / count)
-        self.mean_C = self.mean_C + shift_C * (len(features_BC) / count)
-        self.count = count
+        self._scatter_CC += (centred_BC * weights_B[:, None]).T @ centred_BC
+        self._scatter_CC += np.outer(shift_C, shift_C) * (self.count * added / count)
+        self.mean_C = self.mean_C + shift_C * (added / count)
+        self.count = int(count)
         return self
 
     @property
@@ -64,24 +79,21 @@ def frechet_distance(mean_C: np.ndarray, covariance_CC: np.ndarray, reference: G
     return float(max(0.0, ((mean_C - reference.mean_C) ** 2).sum() + traces))
 
 
-def frechet_figure(features_NC: np.ndarray, reference: Gaussian, seed: int = 0) -> Figure:
+def frechet_figure(features_NC: np.ndarray, reference: Gaussian, seed: int = 0,
+                   rounds: int = FRECHET_ROUNDS) -> Figure:
     """The distance of a set of pictures to the reference. The interval is about the set; the reference is taken as
-    given."""
-    features_NC = features_NC.astype(np.float64)
-    whole = Moments(features_NC.shape[1]).update(features_NC)
-    resampled = []
-    for counts_N in draws(len(features_NC), FRECHET_ROUNDS, seed):
-        mean_C = counts_N @ features_NC / counts_N.sum()
-        centred_NC = features_NC - mean_C
-        covariance_CC = (centred_NC * counts_N[:, None]).T @ centred_NC / (counts_N.sum() - 1)
-        resampled.append(frechet_distance(mean_C, covariance_CC, reference))
-    return figure(frechet_distance(whole.mean_C, whole.covariance_CC, reference), resampled, lowest=0.0)
+    given. Memory does not grow with the number of pictures."""
+    def distance(counts_N: np.ndarray | None = None) -> float:
+        moments = Moments.of(features_NC, counts_N)
+        return frechet_distance(moments.mean_C, moments.covariance_CC, reference)
+
+    return figure(distance(), map(distance, draws(len(features_NC), rounds, seed)), lowest=0.0)
 
 
 def kid_figure(features_NC: np.ndarray, reference_MC: np.ndarray, seed: int = 0) -> Figure:
-    """Unbiased MMD^2 between two sets; it may be negative. A picture drawn twice in a round is not compared with
-    itself, which would bias the round."""
-    features_NC, reference_MC = features_NC.astype(np.float64), reference_MC.astype(np.float64)
+    """Unbiased MMD^2 between two sets; it may be negative. Of a set with more than KID_PICTURES, that many are chosen,
+    always the same. A picture drawn twice in a round is not compared with itself, which would bias the round."""
+    features_NC, reference_MC = _chosen(features_NC), _chosen(reference_MC)
     own_NN, other_MM = _kernel(features_NC, features_NC), _kernel(reference_MC, reference_MC)
     cross_N = _kernel(features_NC, reference_MC).mean(1)
     own_N = np.diagonal(own_NN)
@@ -93,9 +105,14 @@ def kid_figure(features_NC: np.ndarray, reference_MC: np.ndarray, seed: int = 0)
         return pairs_R / number_R - 2 * counts_RN @ cross_N / counts_RN.sum(1) + reference
 
     count = len(features_NC)
-    rounds_RN = draws(count, seed=seed)
+    rounds_RN = np.stack([*draws(count, seed=seed)])
     rounds_RN = rounds_RN[rounds_RN.max(1) < count]         # one picture alone makes no pair
     return figure(distances(np.ones((1, count)))[0], distances(rounds_RN))
+
+
+def _chosen(features_NC: np.ndarray) -> np.ndarray:
+    rows = np.random.default_rng(0).permutation(len(features_NC))[:KID_PICTURES]
+    return features_NC[np.sort(rows)].astype(np.float64)
 
 
 def _kernel(a_NC: np.ndarray, b_MC: np.ndarray) -> np.ndarray:

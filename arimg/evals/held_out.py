@@ -1,37 +1,44 @@
-"""The held-out split of a data set, and what a tokenizer makes of it."""
+"""The pictures that a model is measured on: the held-out split of a data set, or a folder."""
 
 from __future__ import annotations
 
+import hashlib
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
+from arimg import images
 from arimg.data import EmojiSet
 from arimg.errors import InputError
-from arimg.evals.bootstrap import mean_figure
-from arimg.evals.control_metrics import canny_edges, edge_scores
-from arimg.evals.picture_sets import Extractor, distances, features_of
-from arimg.evals.report import Report, versions
-from arimg.evals.tokenizer_metrics import masked_psnr, perplexity, psnr, reconstruct, usage
+from arimg.evals.extractors import Extractor
+from arimg.evals.picture_sets import SUFFIXES
+from arimg.evals.report import versions
 
 
 @dataclass(frozen=True)
 class HeldOut:
     """All held-out pictures of a data set, in an order that the seed decides; `count` of them are used."""
 
-    pixels: np.ndarray              # (N, S, S, 3) uint8, all held-out pictures
-    class_names: list[str]          # (N,)
+    pixels: np.ndarray              # (N, H, W, 3) uint8, all held-out pictures
+    class_names: list[str] | None   # (N,) names or ids; None = the pictures have no classes
     count: int
     fingerprint: str
+    split: str = "held_out"
 
     @property
     def chosen(self) -> np.ndarray:
         """The pictures that are used."""
         return self.pixels[:self.count]
+
+    @property
+    def chosen_classes(self) -> list[str] | None:
+        """Theirs."""
+        return None if self.class_names is None else self.class_names[:self.count]
 
 
 def held_out(emoji: EmojiSet, count: int | None, seed: int = 0) -> HeldOut:
@@ -44,6 +51,41 @@ def held_out(emoji: EmojiSet, count: int | None, seed: int = 0) -> HeldOut:
     return HeldOut(np.ascontiguousarray(emoji.images[order]), names, count, emoji.fingerprint)
 
 
+def folder_pictures(folder: Path, size: tuple[int, int], count: int, seed: int = 0) -> HeldOut:
+    """`count` pictures below a folder, which the seed chooses, as ADM crops them, all in memory. In a folder of class
+    folders, such as ImageNet's validation set, the class id is the place of a picture's folder among them, by name.
+
+    Raises InputError on too few pictures and on a size that is not square.
+    """
+    if size[0] != size[1]:
+        raise InputError(f"the model paints {size[0]}x{size[1]} pixels, and folders of pictures are cropped to "
+                         "squares; give a model of a square size")
+    found = files_below(folder, count, seed)
+    folders = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    pixels = np.stack([np.asarray(images.center_crop_adm(images.load_image(path, "picture"), size[0]))
+                       for path in bar("pictures")(found)])
+    ids = [str(folders.index(path.relative_to(folder).parts[0])) for path in found] if folders else None
+    return HeldOut(pixels, ids, len(found), fingerprint_of(found), "folder")
+
+
+def files_below(folder: Path, count: int | None, seed: int = 0) -> list[Path]:
+    """`count` picture files below a folder, which the seed chooses; None = all, by name. Raises InputError."""
+    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    if not found:
+        raise InputError(f"{folder}: no picture below it ({', '.join(SUFFIXES)}); give a folder that holds some")
+    if count is None:
+        return found
+    if not 2 <= count <= len(found):
+        raise InputError(f"-n {count}: {folder} holds {len(found)} pictures; give a number from 2 to that")
+    return [found[k] for k in np.random.default_rng(seed).permutation(len(found))[:count]]
+
+
+def fingerprint_of(files: Sequence[Path]) -> str:
+    """Equal for the same pictures, told by their names and folders, in the same order."""
+    names = "\n".join(f"{path.parent.name}/{path.name}" for path in files)
+    return hashlib.sha256(names.encode()).hexdigest()[:16]
+
+
 def bar(title: str) -> Callable[[Iterable], Iterable]:
     """A progress bar on stderr around an iteration."""
     def wrap(items: Iterable) -> Any:
@@ -53,24 +95,6 @@ def bar(title: str) -> Callable[[Iterable], Iterable]:
 
 def protocol(what: str, data: HeldOut, extractor: Extractor, seed: int, **more: Any) -> dict[str, Any]:
     """What every report on held-out pictures says of its making."""
-    return {"evaluation": what, "versions": versions(), "data": data.fingerprint, "split": "held_out",
+    return {"evaluation": what, "versions": versions(), "data": data.fingerprint, "split": data.split,
             "reference_pictures": len(data.pixels), "pictures": data.count, "seed": seed,
             "extractor": extractor.describe(), **more}
-
-
-def evaluate_tokenizer(tokenizer: Any, data: HeldOut, extractor: Extractor, seed: int, **more: Any) -> Report:
-    """PSNR, codebook usage, edges, and distances of the chosen pictures' reconstructions to all held-out pictures."""
-    report = Report(protocol("tokenizer", data, extractor, seed, **more))
-    device = next(tokenizer.parameters()).device
-    pixels, codes_NL = reconstruct(tokenizer, data.chosen, device, bar("reconstructions"))
-    report.add("reconstructions", {
-        "psnr": mean_figure(psnr(pixels, data.chosen), seed),
-        "psnr_mask": mean_figure(masked_psnr(pixels, data.chosen), seed),
-        "codes": float(tokenizer.vocab_size), "usage": usage(codes_NL, tokenizer.vocab_size),
-        "perplexity": perplexity(codes_NL)})
-    scores = edge_scores(canny_edges(pixels), canny_edges(data.chosen))
-    report.add("reconstructions", {name: mean_figure(values, seed) for name, values in scores._asdict().items()})
-    reference = features_of(data.pixels, extractor, "held-out originals", bar("features of originals"))
-    features = features_of(pixels, extractor, "reconstructions", bar("features of reconstructions"))
-    report.add("reconstructions", distances(features, reference, seed))
-    return report

@@ -1,128 +1,165 @@
-"""Features of sets of pictures: extracted, kept in statistics files, compared only with what was made alike."""
+"""Sets of pictures and their features: extracted, kept in statistics files, compared only with what was made alike."""
 
 from __future__ import annotations
 
-import hashlib
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 import numpy as np
-import torch
 
 from arimg import images
-from arimg.data import to_images
 from arimg.errors import InputError
+from arimg.evals.adm_npz import Npz, open_npz
 from arimg.evals.bootstrap import Figure
-from arimg.evals.frechet import Gaussian, Moments, frechet_figure, kid_figure
-from arimg.features import EffnetLite0, effnet_lite0_file
+from arimg.evals.extractors import BATCH, Extractor, Features, extract, in_batches, metric_name
+from arimg.evals.frechet import FRECHET_ROUNDS, Gaussian, Moments, frechet_figure, kid_figure
+from arimg.evals.scores import inception_score, precision_recall
 
-BATCH = 32
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-
-
-class Extractor(Protocol):
-    """From pictures to one vector each. `name` stands in the names of all figures made with it."""
-
-    name: str
-    layer: str
-
-    def __call__(self, pixels_BHW3: np.ndarray) -> np.ndarray:
-        """features_BC float32 of uint8 pictures."""
-
-    def describe(self) -> dict[str, str]:
-        """What a report says about it."""
-
-
-class EffnetLite0Pooled:
-    """EfficientNet-Lite0, trained on ImageNet: its sixth stage, averaged over the picture; 192 channels.
-
-    They are divided by 5, their root mean square on the emoji set, so that the three terms of KID's kernel all count.
-    Distances in these features are no FID: they compare with one another only. Raises MissingExtraError.
-    """
-
-    name = "effnet_lite0"
-    scale = 5.0
-    layer = f"stage 6 of 7, mean over pixels, 192 channels, divided by {scale:g}"
-
-    def __init__(self) -> None:
-        self.network = EffnetLite0()
-
-    @torch.no_grad()
-    def __call__(self, pixels_BHW3: np.ndarray) -> np.ndarray:
-        return (self.network.pooled(to_images(pixels_BHW3)) / self.scale).numpy()
-
-    def describe(self) -> dict[str, str]:
-        digest = hashlib.sha256(effnet_lite0_file().read_bytes()).hexdigest()
-        return {"name": self.name, "layer": self.layer, "weights_sha256": digest}
-
-
-class EffnetLite0Stages(EffnetLite0Pooled):
-    """The same network's first five stages, each averaged over the picture; 272 channels. Outlines and shading, by
-    which drawing styles differ, are seen early: a linear probe tells 94 % of held-out emoji right here, 86 % in the
-    sixth stage alone."""
-
-    name = "effnet_lite0_stages"
-    layer = "stages 1 to 5 of 7, means over pixels, 272 channels"
-
-    @torch.no_grad()
-    def __call__(self, pixels_BHW3: np.ndarray) -> np.ndarray:
-        maps = self.network(to_images(pixels_BHW3))
-        return torch.cat([features_BChw.mean((2, 3)) for features_BChw in maps], 1).numpy()
+Bar = Callable[[Iterable], Iterable]
 
 
 @dataclass(frozen=True)
 class PictureSet:
     """The features of some pictures and what they were made from."""
 
-    features_NC: np.ndarray         # float32
+    features: Features
     extractor: str
     size: tuple[int, int]           # (height, width) in pixels
     source: str
 
     def __len__(self) -> int:
-        return len(self.features_NC)
+        return len(self.features.pool_NC)
+
+    def law(self) -> Law:
+        """Its moments, with the pictures themselves for precision and recall."""
+        spatial_NS = self.features.spatial_NS
+        return Law(_gaussian(self.features.pool_NC), None if spatial_NS is None else _gaussian(spatial_NS),
+                   self.features.pool_NC, self.extractor, self.source, self.size)
 
     def save(self, path: Path) -> None:
-        """Write a statistics file (.npz): features, mu, sigma, n, and how they were made. Raises InputError."""
-        moments = Moments(self.features_NC.shape[1]).update(self.features_NC)
+        """Write a statistics file (.npz): features, their moments, n, and how they were made. Raises InputError."""
+        moments = Moments.of(self.features.pool_NC)
+        arrays: dict[str, Any] = {
+            "features": self.features.pool_NC, "spatial": self.features.spatial_NS, "logits": self.features.logits_NK,
+            "mu": moments.mean_C, "sigma": moments.covariance_CC, "n": len(self), "extractor": self.extractor,
+            "size": self.size, "source": self.source}
         with images.replacing(path) as stream:
-            np.savez(stream, features=self.features_NC, mu=moments.mean_C, sigma=moments.covariance_CC,
-                     n=len(self), extractor=self.extractor, size=self.size, source=self.source)
+            np.savez(stream, **{name: array for name, array in arrays.items() if array is not None})
 
 
-def features_of(pixels_NHW3: np.ndarray, extractor: Extractor, source: str,
-                bar: Callable[[Iterable], Iterable] = iter) -> PictureSet:
-    """Extract the features of uint8 pictures."""
-    parts = [extractor(pixels_NHW3[start:start + BATCH]) for start in bar(range(0, len(pixels_NHW3), BATCH))]
-    return PictureSet(np.concatenate(parts), extractor.name, pixels_NHW3.shape[1:3], source)
+@dataclass(frozen=True)
+class Law:
+    """What a set of pictures is measured against: normal laws of features, and pictures for precision and recall."""
+
+    pool: Gaussian
+    spatial: Gaussian | None
+    pool_MC: np.ndarray | None
+    extractor: str
+    source: str
+    size: tuple[int, int] | None    # None = not known
 
 
-def distances(pictures: PictureSet, reference: PictureSet, seed: int = 0) -> dict[str, Figure]:
-    """Frechet distance and KID of a set to a reference. Raises InputError on sets that were not made alike."""
+def _gaussian(features_NC: np.ndarray) -> Gaussian:
+    moments = Moments.of(features_NC)
+    return Gaussian.of(moments.mean_C, moments.covariance_CC)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Figures
+
+
+def distances(pictures: PictureSet, reference: PictureSet, seed: int = 0, frechet: str = "fid") -> dict[str, Figure]:
+    """Frechet distance ("fid", or "rfid" of reconstructions) and KID of a set to a reference.
+
+    Raises InputError on sets that were not made alike.
+    """
+    check_alike(pictures, reference)
+    check_enough(pictures, reference)
+    pool_NC, pool_MC = pictures.features.pool_NC, reference.features.pool_NC
+    return {metric_name(frechet, pictures.extractor): frechet_figure(pool_NC, _gaussian(pool_MC), seed),
+            metric_name("kid", pictures.extractor): kid_figure(pool_NC, pool_MC, seed)}
+
+
+def figures(pictures: PictureSet, law: Law, seed: int = 0, rounds: int = FRECHET_ROUNDS,
+            device: str = "cpu") -> dict[str, Figure]:
+    """FID, sFID, IS, precision and recall, as far as the extractor and the reference know what they need.
+
+    `rounds` of the bootstrap for each Frechet distance. Raises InputError on what was not made alike.
+    """
+    check_alike(pictures, law)
+    check_enough(pictures)
+    if pictures.features.pool_NC.shape[1] != len(law.pool.mean_C):
+        raise InputError(f"{law.source} holds moments of {len(law.pool.mean_C)} features, and the extractor "
+                         f"{pictures.extractor} gives {pictures.features.pool_NC.shape[1]}; make both alike")
+    columns = pictures.features
+    found = {"fid": frechet_figure(columns.pool_NC, law.pool, seed, rounds)}
+    if columns.spatial_NS is not None and law.spatial is not None:
+        found["sfid"] = frechet_figure(columns.spatial_NS, law.spatial, seed, rounds)
+    if columns.logits_NK is not None:
+        found["inception_score"] = inception_score(columns.logits_NK, seed)
+    if law.pool_MC is not None:
+        found.update(precision_recall(columns.pool_NC, law.pool_MC, seed, device)._asdict())
+    return {metric_name(name, pictures.extractor): value for name, value in found.items()}
+
+
+def check_alike(pictures: PictureSet, reference: PictureSet | Law) -> None:
+    """Raises InputError when extractors or sizes differ."""
     for what, ours, theirs in (("features", pictures.extractor, reference.extractor),
-                               ("sizes", "x".join(map(str, pictures.size)), "x".join(map(str, reference.size)))):
-        if ours != theirs:
-            raise InputError(f"{pictures.source} and {reference.source} have {what} {ours} and {theirs}, which do not "
-                             "compare; make both alike")
-    for one in (pictures, reference):
+                               ("sizes", pictures.size, reference.size)):
+        if theirs is not None and ours != theirs:
+            shown = [one if isinstance(one, str) else f"{one[0]}x{one[1]}" for one in (ours, theirs)]
+            raise InputError(f"{pictures.source} and {reference.source} have {what} {shown[0]} and {shown[1]}, which "
+                             "do not compare; make both alike")
+
+
+def check_enough(*sets: PictureSet) -> None:
+    """Raises InputError on a set of fewer than two pictures."""
+    for one in sets:
         if len(one) < 2:
             raise InputError(f"{one.source} has {len(one)} picture; a distance between sets needs at least 2 in each")
-    moments = Moments(reference.features_NC.shape[1]).update(reference.features_NC)
-    law = Gaussian.of(moments.mean_C, moments.covariance_CC)
-    return {f"fd_{pictures.extractor}": frechet_figure(pictures.features_NC, law, seed),
-            f"kid_{pictures.extractor}": kid_figure(pictures.features_NC, reference.features_NC, seed)}
 
 
-def load_statistics(path: Path) -> PictureSet:
-    """Read a file of `PictureSet.save`. Raises InputError."""
+# ---------------------------------------------------------------------------------------------------------------------
+# Where sets come from
+
+
+def features_of(pixels_NHW3: np.ndarray, extractor: Extractor, source: str, bar: Bar = iter) -> PictureSet:
+    """Extract the features of uint8 pictures."""
+    height, width = pixels_NHW3.shape[1:3]
+    return PictureSet(extract(in_batches(pixels_NHW3, bar), extractor), extractor.name, (height, width), source)
+
+
+def load_pictures(path: Path, extractor: Extractor, bar: Bar = iter) -> PictureSet:
+    """The features of a folder of pictures of one size, of an .npz of pictures (ADM's layout), or those in a file of
+    `PictureSet.save`. Raises InputError, also on a file of moments without pictures."""
+    if path.suffix != ".npz":
+        return _load_folder(path, extractor, bar)
+    file = open_npz(path)
+    if "features" in file.names:
+        return _load_statistics(path)
+    if file.shape is None:
+        raise InputError(f"{path}: holds neither pictures (arr_0) nor their features ({', '.join(sorted(file.names))}"
+                         "); as A give pictures, moments alone serve as B")
+    return load_npz(file, extractor, bar)
+
+
+def load_npz(file: Npz, extractor: Extractor, bar: Bar = iter) -> PictureSet:
+    """The features of the pictures in an .npz. Raises InputError."""
+    assert file.shape is not None
+    source, size = str(file.path), (file.shape[1], file.shape[2])
+    return PictureSet(extract(bar(file.batches(BATCH)), extractor), extractor.name, size, source)
+
+
+def _load_statistics(path: Path) -> PictureSet:
     try:
         with np.load(path, allow_pickle=False) as file:
-            return PictureSet(file["features"], str(file["extractor"]), tuple(file["size"].tolist()), str(path))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; give a folder of pictures or a file made with --save") from None
+            others = (file[name] if name in file else None for name in ("spatial", "logits"))
+            features = Features(file["features"], *others)
+            return PictureSet(features, str(file["extractor"]), tuple(file["size"].tolist()), str(path))
     except (KeyError, ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise InputError(f"{path}: not a statistics file of arimg ({error}); make one with: arimg eval fid FOLDER "
                          "held-out --save FILE.npz") from None
@@ -138,17 +175,19 @@ def picture_files(folder: Path) -> list[Path]:
     return found
 
 
-def load_folder(folder: Path, extractor: Extractor, bar: Callable[[Iterable], Iterable] = iter) -> PictureSet:
-    """The features of a folder's pictures, which must be of one size. Raises InputError."""
+def _load_folder(folder: Path, extractor: Extractor, bar: Bar) -> PictureSet:
     files = picture_files(folder)
-    size, parts = None, []
+    with images.load_image(files[0], "picture") as first:
+        size = (first.height, first.width)
+    return PictureSet(extract(_read(files, size, bar), extractor), extractor.name, size, str(folder))
+
+
+def _read(files: list[Path], size: tuple[int, int], bar: Bar) -> Iterator[np.ndarray]:
+    """Batches of the files' pixels. Raises InputError on a picture of another size."""
     for start in bar(range(0, len(files), BATCH)):
         pictures = [images.load_image(path, "picture") for path in files[start:start + BATCH]]
-        size = size or pictures[0].size
         for path, picture in zip(files[start:], pictures):
-            if picture.size != size:
+            if (picture.height, picture.width) != size:
                 raise InputError(f"{path} has {picture.height}x{picture.width} pixels and {files[0].name} "
-                                 f"{size[1]}x{size[0]}; give pictures of one size")
-        parts.append(extractor(np.stack([np.asarray(picture) for picture in pictures])))
-    assert size is not None
-    return PictureSet(np.concatenate(parts), extractor.name, (size[1], size[0]), str(folder))
+                                 f"{size[0]}x{size[1]}; give pictures of one size")
+        yield np.stack([np.asarray(picture) for picture in pictures])

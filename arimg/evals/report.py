@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import platform
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
-from math import isnan
+from math import isnan, nan
 from pathlib import Path
 from typing import Any
 
 from arimg import __version__
 from arimg.evals.bootstrap import Figure
 
-PACKAGES = ("torch", "numpy", "opencv-python-headless", "pillow", "timm")
+PACKAGES = ("torch", "torchvision", "numpy", "opencv-python-headless", "pillow", "timm", "torch-fidelity",
+            "torchmetrics")
 
 
 @dataclass
@@ -40,8 +42,7 @@ class Report:
 
     def as_json(self) -> dict[str, Any]:
         """JSON-able; an interval is [low, high] of the central 95 %; a number that does not exist is null."""
-        results = {name: {metric: _plain(found) for metric, found in figures.items()}
-                   for name, figures in self.results.items()}
+        results = {name: plain_figures(figures) for name, figures in self.results.items()}
         return {"protocol": self.protocol, "results": results,
                 "ratios": {name: _number(value) for name, value in self.ratios.items()}}
 
@@ -57,6 +58,17 @@ class Report:
 
 def _number(value: float) -> float | None:
     return None if isnan(value) else value
+
+
+def plain_figures(figures: Mapping[str, Figure | float]) -> dict[str, Any]:
+    """JSON-able figures of one set."""
+    return {metric: _plain(found) for metric, found in figures.items()}
+
+
+def figure_from_json(found: Mapping[str, Any]) -> Figure | float:
+    """The inverse of `plain_figures`, for one figure."""
+    value, *interval = (nan if number is None else number for number in (found["value"], *found.get("interval", ())))
+    return Figure(value, *interval) if interval else value
 
 
 def _plain(found: Figure | float) -> Any:
@@ -80,6 +92,14 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:                        # for example OpenCV under another name
             found[name] = "not installed under this name"
     return found
+
+
+def settled_options(pipe: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a pipeline's calls, the model's defaults, precision and kind of device included."""
+    names = ("decoder", "cfg", "control_cfg", "temperature", "top_k", "top_p")
+    defaults = {name: getattr(pipe.settings, name) for name in names}
+    return {**defaults, "painted_size": list(pipe.settings.size), **options,
+            "dtype": str(pipe.dtype).removeprefix("torch."), "device": pipe.device.type}
 
 
 def weight_hashes(folder: Path) -> dict[str, str]:

@@ -15,8 +15,9 @@ import numpy as np
 
 from arimg.data import EmojiSet
 from arimg.errors import InputError
+from arimg.evals.extractors import Extractor
 from arimg.evals.held_out import bar
-from arimg.evals.picture_sets import Extractor, features_of
+from arimg.evals.picture_sets import features_of
 from arimg.evals.probe import fit_probe
 from arimg.evals.tokenizer_metrics import reconstruct
 
@@ -41,7 +42,7 @@ class StyleJudge:
         pixels = np.ascontiguousarray(emoji.images[order])
         rebuilt = reconstruct(tokenizer, pixels[:RECONSTRUCTED], device, bar("reconstructions to learn from"))
         plain_NC = self._features(pixels, "training pictures")
-        both_NC = np.concatenate([plain_NC, self._features(rebuilt.pixels_NHW3, "training reconstructions")])
+        both_NC = np.concatenate([plain_NC, self._features(rebuilt, "training reconstructions")])
         self.probes = {"style_accuracy": fit_probe(both_NC, np.concatenate([labels_N, labels_N[:RECONSTRUCTED]])),
                        "style_accuracy_plain": fit_probe(plain_NC, labels_N)}
 
@@ -57,7 +58,7 @@ class StyleJudge:
         return f"{self.styles[(self.styles.index(style) + 1) % len(self.styles)]}/{group}"
 
     def _features(self, pixels_NHW3: np.ndarray, title: str) -> np.ndarray:
-        return features_of(pixels_NHW3, self.extractor, title, bar(f"style of {title}")).features_NC
+        return features_of(pixels_NHW3, self.extractor, title, bar(f"style of {title}")).features.pool_NC
 
 
 def style_of(class_name: str) -> str:

@@ -1,4 +1,4 @@
-"""How much of a picture survives a tokenizer: PSNR, and how much of the codebook is in use.
+"""How much of a picture survives a tokenizer: PSNR, SSIM, and how much of the codebook is in use.
 
 PSNR = 10 log10(255^2 / MSE) on 8-bit RGB, per picture, then averaged over pictures. The masked PSNR takes the MSE over
 the pixels where some channel of the original is below 250: on drawings the white ground, which is easy, would hide what
@@ -8,12 +8,14 @@ happens to the thing drawn. A picture without such pixels has no masked PSNR.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from importlib.util import find_spec
 
 import numpy as np
 import torch
 
 from arimg.data import to_images, to_pixels
+from arimg.errors import MissingExtraError
+from arimg.evals.control_metrics import SSIM_WINDOW, unit_range
 from arimg.tokenizers.base import Tokenizer
 
 WHITE_FROM = 250            # a pixel is ground where all channels of the original reach this value
@@ -21,23 +23,15 @@ HIGHEST_PSNR = 100.0        # of a picture without any error
 BATCH = 16
 
 
-class Reconstruction(NamedTuple):
-    """Pictures after encoding and decoding."""
-
-    pixels_NHW3: np.ndarray     # uint8
-    codes_NL: np.ndarray        # int64
-
-
 @torch.no_grad()
 def reconstruct(tokenizer: Tokenizer, pixels_NHW3: np.ndarray, device: torch.device | str = "cpu",
-                bar: Callable[[Iterable], Iterable] = iter) -> Reconstruction:
-    """Encode and decode uint8 pictures in batches; `bar` wraps the iteration over batches."""
-    pixels, codes = [], []
+                bar: Callable[[Iterable], Iterable] = iter) -> np.ndarray:
+    """pixels_NHW3 uint8 after encoding and decoding, batch by batch; `bar` wraps the iteration over batches."""
+    pixels = []
     for start in bar(range(0, len(pixels_NHW3), BATCH)):
         encoded = tokenizer.encode(to_images(pixels_NHW3[start:start + BATCH]).to(device))
         pixels.append(to_pixels(tokenizer.decode_codes(encoded.codes_BL, encoded.grid)))
-        codes.append(encoded.codes_BL.cpu().numpy())
-    return Reconstruction(np.concatenate(pixels), np.concatenate(codes))
+    return np.concatenate(pixels)
 
 
 def psnr(pixels_NHW3: np.ndarray, original_NHW3: np.ndarray) -> np.ndarray:
@@ -63,13 +57,26 @@ def _decibel(mse_N: np.ndarray) -> np.ndarray:
     return 10 * np.log10(255 ** 2 / np.maximum(mse_N, lowest))
 
 
-def usage(codes_NL: np.ndarray, vocab_size: int) -> float:
-    """The share of the codebook's entries that occur."""
-    return len(np.unique(codes_NL)) / vocab_size
+def ssim(pixels_NHW3: np.ndarray, original_NHW3: np.ndarray) -> dict[str, np.ndarray]:
+    """{"ssim": values_N}: structural similarity (Wang et al. 2004) on RGB in [0, 1] with the Gaussian window of 11
+    pixels; nothing for pictures into which it does not fit. Raises MissingExtraError."""
+    if find_spec("torchmetrics") is None:
+        raise MissingExtraError("eval", "torchmetrics", "SSIM")
+    if min(pixels_NHW3.shape[1:3]) < SSIM_WINDOW:
+        return {}
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    values_N = structural_similarity_index_measure(unit_range(pixels_NHW3), unit_range(original_NHW3), data_range=1.0,
+                                                   reduction="none")
+    return {"ssim": np.asarray(values_N, np.float64).reshape(-1)}
 
 
-def perplexity(codes_NL: np.ndarray) -> float:
+def usage(counts_V: np.ndarray) -> float:
+    """The share of the codebook's entries that occur; `counts_V` says how often each does."""
+    return float((counts_V > 0).mean())
+
+
+def perplexity(counts_V: np.ndarray) -> float:
     """exp of the entropy of the codes' frequencies: how many equally frequent codes would be as varied."""
-    counts = np.unique(codes_NL, return_counts=True)[1]
-    shares = counts / counts.sum()
+    shares = counts_V[counts_V > 0] / counts_V.sum()
     return float(np.exp(-(shares * np.log(shares)).sum()))

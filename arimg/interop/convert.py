@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,21 +12,35 @@ import torch
 from torch import Tensor
 
 from arimg.checkpoints import PipelineSettings, load_state, save_pipeline
+from arimg.config import from_dict
 from arimg.control.adapter import ControlAdapter, ControlConfig
 from arimg.control.fusion import injection_layers
 from arimg.errors import CheckpointError, InputError, UnknownNameError
 from arimg.interop.controlar import control_config_from_controlar, encoder_sizes, encoder_state, split_controlar
+from arimg.interop.dd1 import infer_ar_student_config, infer_var_student_config, is_student, student_from_dd
 from arimg.interop.files import OriginalFile, Weights, read_original
+from arimg.interop.kl import infer_kl_config, is_kl, kl_from_ldm
 from arimg.interop.llamagen import infer_ar_config, is_transformer, transformer_from_llamagen
+from arimg.interop.mar import infer_mar_config, is_mar
+from arimg.interop.var import infer_var_config, is_var, transformer_from_var
+from arimg.interop.var_vae import infer_multiscale_config, is_var_vae, multiscale_from_var
 from arimg.interop.vq import infer_vq_config, is_vq, vq_from_llamagen
 from arimg.models.ar import ARConfig, ARTransformer
+from arimg.models.mar import MARConfig, MARTransformer
+from arimg.models.students import ARStudent, ARStudentConfig
 from arimg.models.text import TextEncoder
-from arimg.presets import AR_PRESETS, CONTROLAR, LLAMAGEN, PUBLISHED, Family
+from arimg.models.var import VARConfig, VARTransformer
+from arimg.models.var_students import VARStudent
+from arimg.presets import (AR_PRESETS, CONTROLAR, DISTILLED, LLAMAGEN, MAR, MAR_PRESETS, PUBLISHED, VAR, VAR_PRESETS,
+                           Family)
 from arimg.registry import CONTROLS
+from arimg.tokenizers.kl import KLConfig, KLTokenizer
+from arimg.tokenizers.multiscale import MultiscaleTokenizer
 from arimg.tokenizers.vq import VQTokenizer
 
 Notify = Callable[[str], None]
 Components = dict[str, Any]
+Recognisers = dict[str, Callable[[dict[str, Tensor]], bool]]
 
 DEFAULT_IMAGE_SIZE = 256
 _POINTS = 3                                                     # ControlAR's injection points
@@ -38,7 +52,7 @@ _PATCHES = "embeddings.patch_embeddings.projection.weight"      # every Hugging 
 class Options:
     """What the files do not say."""
 
-    preset: str | None = None                       # a name in presets.AR_PRESETS
+    preset: str | None = None                       # a name in presets.AR_PRESETS, VAR_PRESETS or MAR_PRESETS
     heads: int | None = None                        # of the transformer, for sizes without a preset
     encoder_heads: int | None = None                # of the control encoder; None = width / 64
     image_size: int | None = None                   # pixels per side
@@ -47,13 +61,14 @@ class Options:
     text_encoder: Path | None = None                # folder of the T5 encoder and its tokenizer
     dtype: torch.dtype | None = None                # of everything written; None = as in the files
 
-    def transformer_heads(self) -> int | None:
+    def transformer_heads(self, presets: Mapping[str, Any] = AR_PRESETS) -> int | None:
         """Heads as given, or those of the preset. Raises UnknownNameError."""
         if self.preset is None or self.heads is not None:
             return self.heads
-        if self.preset not in AR_PRESETS:
-            raise UnknownNameError("preset", self.preset, AR_PRESETS)
-        return AR_PRESETS[self.preset].heads
+        if self.preset not in presets:
+            raise UnknownNameError("preset", self.preset, presets)
+        heads: int = presets[self.preset].heads
+        return heads
 
 
 @dataclass(frozen=True)
@@ -63,6 +78,7 @@ class Files:
     tokenizer: OriginalFile
     transformer: OriginalFile                       # control weights included, if there are any
     encoder: OriginalFile | None = None
+    student: OriginalFile | None = None             # of Distilled Decoding
 
     @property
     def controlled(self) -> bool:
@@ -96,12 +112,12 @@ def convert(source: str, files: Sequence[str | Path], out: str | Path, *, preset
         notify(notice)
     if weights == "ema" and not any(original.weights == "ema" for original in originals):
         raise CheckpointError(f"{_names(originals)}: no EMA weights there; use --weights model")
-    components, settings = CONVERTERS[source](_sort(originals), options, notify)
+    components, settings = CONVERTERS[source](_sort(originals, source), options, notify)
     components |= _text_parts(components["transformer"].config, options, notify)
     return save_pipeline(out, components, settings, dtype)
 
 
-def _sort(originals: Sequence[OriginalFile]) -> Files:
+def _sort(originals: Sequence[OriginalFile], source: str) -> Files:
     """Recognise each file by its keys. Raises CheckpointError on what is unknown, doubled or missing."""
     found: dict[str, OriginalFile] = {}
     for original in originals:
@@ -114,9 +130,17 @@ def _sort(originals: Sequence[OriginalFile]) -> Files:
         found[kind] = original
     for kind in ("tokenizer", "transformer"):
         if kind not in found:
-            raise CheckpointError(f"{_names(originals)}: no {kind} there; give the file of the tokenizer (vq_ds16_...) "
-                                  "and that of the transformer")
-    return Files(found["tokenizer"], found["transformer"], found.get("encoder"))
+            raise CheckpointError(f"{_names(originals)}: no {kind} there; give the file of the tokenizer (vq_ds16_..., "
+                                  "vae_..., kl16...) and that of the transformer")
+    if ("student" in found) != (source == "dd1"):
+        raise CheckpointError(f"{_names(originals)}: a student of Distilled Decoding and its teacher are converted "
+                              "together, with the tokenizer and --from dd1")
+    for kind, fits in _FAMILIES[_teacher(found["transformer"]) if source == "dd1" else source].items():
+        if not fits(found[kind].state):
+            others = [name for name, family in _FAMILIES.items() if family[kind](found[kind].state)]
+            raise CheckpointError(f"{found[kind].path}: this {kind} is none for --from {source}; "
+                                  f"it belongs to --from {' or '.join(others)}")
+    return Files(found["tokenizer"], found["transformer"], found.get("encoder"), found.get("student"))
 
 
 def _names(originals: Sequence[OriginalFile]) -> str:
@@ -127,18 +151,24 @@ def _is_controlar(state: dict[str, Tensor]) -> bool:
     return "adapter_mlp.fc1.weight" in state
 
 
-_KINDS: dict[str, Callable[[dict[str, Tensor]], bool]] = {
-    "tokenizer": is_vq,
-    "transformer": is_transformer,
+_KINDS: Recognisers = {         # the first that fits
+    "student": is_student,
+    "tokenizer": lambda state: is_vq(state) or is_var_vae(state) or is_kl(state),
+    "transformer": lambda state: is_transformer(state) or is_var(state) or is_mar(state),
     "encoder": lambda state: any(key.endswith(_PATCHES) for key in state),
+}
+_LLAMAGEN: Recognisers = {"tokenizer": is_vq, "transformer": is_transformer}
+_FAMILIES: dict[str, Recognisers] = {
+    "llamagen": _LLAMAGEN, "controlar": _LLAMAGEN,
+    "var": {"tokenizer": is_var_vae, "transformer": is_var},
+    "mar": {"tokenizer": is_kl, "transformer": is_mar},
 }
 
 
 def _llamagen(files: Files, options: Options, notify: Notify) -> tuple[Components, PipelineSettings]:
     if files.controlled:
         raise CheckpointError(f"{files.transformer.path}: holds ControlAR weights; convert it with --from controlar")
-    if files.encoder is not None:
-        raise CheckpointError(f"{files.encoder.path}: LlamaGen has no control encoder; --from controlar adds one")
+    _refuse_encoder(files, "LlamaGen")
     tokenizer = _tokenizer(files.tokenizer)
     block_size = _block_size(files.transformer, tokenizer.stride, options, notify)
     state = transformer_from_llamagen(files.transformer.state)
@@ -160,7 +190,84 @@ def _controlar(files: Files, options: Options, notify: Notify) -> tuple[Componen
             replace(settings, control_types=options.control_types, cfg=4.0, top_k=2000))    # the demos' defaults
 
 
-CONVERTERS: dict[str, Converter] = {"llamagen": _llamagen, "controlar": _controlar}
+def _teacher(transformer: OriginalFile) -> str:
+    """Whose file a student's teacher is."""
+    return "var" if is_var(transformer.state) else "llamagen"
+
+
+def _distilled(files: Files, options: Options, notify: Notify) -> tuple[Components, PipelineSettings]:
+    """Tokenizer and teacher as in their own files, and the student beside them."""
+    teacher = _teacher(files.transformer)
+    components, settings = CONVERTERS[teacher](files, options, notify)
+    law: dict[str, Any] = {"cfg": 3.0, "top_k": 900, "top_p": 0.95} if teacher == "var" else {"cfg": 2.0, "top_k": 8000}
+    source = f"{settings.source}; {DISTILLED.source}, {DISTILLED.paper}"
+    return {**components, "student": _student(files, components)}, replace(settings, source=source, **law)
+
+
+def _student(files: Files, components: Components) -> ARStudent | VARStudent:
+    assert files.student is not None
+    path, state = files.student.path, files.student.state
+    teacher, codebook = components["transformer"].config, components["tokenizer"].config
+    with torch.device("meta"):
+        student: ARStudent | VARStudent
+        if _teacher(files.transformer) == "var":
+            student = VARStudent(VARConfig(**infer_var_student_config(state, teacher.heads)))
+        else:
+            sizes = infer_ar_student_config(state, teacher.heads)
+            student = ARStudent(ARStudentConfig(**sizes, block_size=teacher.block_size))
+    if (student.vocab_size, student.latent_dim) != (codebook.codebook_size, codebook.codebook_dim):
+        raise CheckpointError(f"{path}: the student knows {student.vocab_size} codes of {student.latent_dim} channels, "
+                              f"the tokenizer {codebook.codebook_size} of {codebook.codebook_dim}; give files of the "
+                              "same model")
+    load_state(student, student_from_dd(state), str(path))
+    return student
+
+
+def _var(files: Files, options: Options, notify: Notify) -> tuple[Components, PipelineSettings]:
+    _refuse_encoder(files, "VAR")
+    sizes = infer_var_config(files.transformer.state, options.transformer_heads(VAR_PRESETS))
+    config = infer_multiscale_config(files.tokenizer.state, sizes["scales"])
+    if (sizes["vocab_size"], sizes["codebook_dim"]) != (config.codebook_size, config.codebook_dim):
+        raise CheckpointError(f"the transformer knows {sizes['vocab_size']} codes of {sizes['codebook_dim']} channels, "
+                              f"the tokenizer {config.codebook_size} of {config.codebook_dim}; give files of the same "
+                              "model")
+    with torch.device("meta"):
+        tokenizer, transformer = MultiscaleTokenizer(config), VARTransformer(VARConfig(**sizes))
+    load_state(tokenizer, multiscale_from_var(files.tokenizer.state), str(files.tokenizer.path))
+    load_state(transformer, transformer_from_var(files.transformer.state), str(files.transformer.path))
+    side = config.scales[-1][0] * tokenizer.stride
+    settings = _described(transformer.config, _own_side(side, options), options, "VAR", VAR)
+    return ({"tokenizer": tokenizer, "transformer": transformer},
+            replace(settings, decoder="scale", cfg=2.5, top_k=900, top_p=0.96))     # 1 + cfg of the release's README
+
+
+def _mar(files: Files, options: Options, notify: Notify) -> tuple[Components, PipelineSettings]:
+    _refuse_encoder(files, "MAR")
+    codec = infer_kl_config(files.tokenizer.state)
+    if codec != KLConfig():
+        notify(f"{files.tokenizer.path.name}: not KL-16; its latents are scaled by {codec.scale} as those of KL-16, "
+               "\"scale\" in tokenizer/config.json sets another")
+    heads = options.transformer_heads(MAR_PRESETS)
+    config = from_dict(MARConfig, infer_mar_config(files.transformer.state, codec.latent_channels, heads))
+    with torch.device("meta"):
+        tokenizer, transformer = KLTokenizer(replace(codec, patch_size=config.patch)), MARTransformer(config)
+    load_state(tokenizer, kl_from_ldm(files.tokenizer.state), str(files.tokenizer.path))
+    load_state(transformer, files.transformer.state, str(files.transformer.path))
+    settings = _described(config, _own_side(config.grid * tokenizer.stride, options), options, "MAR", MAR)
+    sizes = (config.encoder_layers, config.encoder_dim)
+    cfg = next((preset.cfg for preset in MAR_PRESETS.values() if (preset.layers, preset.dim) == sizes), 3.0)
+    return {"tokenizer": tokenizer, "transformer": transformer}, replace(settings, decoder="masked", cfg=cfg)
+
+
+CONVERTERS: dict[str, Converter] = {
+    "llamagen": _llamagen, "controlar": _controlar, "dd1": _distilled, "var": _var, "mar": _mar,
+}
+
+
+def _refuse_encoder(files: Files, title: str) -> None:
+    if files.encoder is not None:
+        raise CheckpointError(f"{files.encoder.path}: {title} has no control encoder; --from controlar adds one to "
+                              "LlamaGen's models")
 
 
 def _tokenizer(original: OriginalFile) -> VQTokenizer:
@@ -252,7 +359,7 @@ def _block_size(original: OriginalFile, stride: int, options: Options, notify: N
 
 def _settings(tokenizer: VQTokenizer, transformer: ARTransformer, options: Options, title: str,
               family: Family) -> PipelineSettings:
-    """Settings that both families share. Raises CheckpointError or InputError on parts that do not fit together."""
+    """Settings of LlamaGen's models. Raises CheckpointError or InputError on parts that do not fit together."""
     config, side = transformer.config, math.isqrt(transformer.config.block_size) * tokenizer.stride
     if config.vocab_size != tokenizer.vocab_size:
         raise CheckpointError(f"the transformer knows {config.vocab_size} codes, the tokenizer {tokenizer.vocab_size}; "
@@ -260,9 +367,20 @@ def _settings(tokenizer: VQTokenizer, transformer: ARTransformer, options: Optio
     size = options.image_size or side
     if size > side:
         raise InputError(f"--image-size {size}: the rotary table of this file ends at {side}; give {side} or less")
+    return _described(config, size, options, f"{title}, {config.conditioning}-conditional", family)
+
+
+def _own_side(side: int, options: Options) -> int:
+    """Pixels per side of a model that knows one size. Raises InputError when another is asked for."""
+    if options.image_size not in (None, side):
+        raise InputError(f"--image-size {options.image_size}: this model paints {side}x{side}; leave it out")
+    return side
+
+
+def _described(config: Any, side: int, options: Options, title: str, family: Family) -> PipelineSettings:
+    """Settings that all families share. Raises InputError on class names that do not fit."""
     classes = config.num_classes if config.conditioning == "class" else 0
     if options.class_names and len(options.class_names) != classes:
         raise InputError(f"{len(options.class_names)} class names for {classes} classes; give one name for each")
-    return PipelineSettings(
-        title=f"{title}, {config.conditioning}-conditional", source=f"{family.source}, {family.paper}",
-        licence=family.licence, class_names=options.class_names, size=(size, size))
+    return PipelineSettings(title=title, source=f"{family.source}, {family.paper}", licence=family.licence,
+                            class_names=options.class_names, size=(side, side))

@@ -22,7 +22,9 @@ from arimg.weights import read_safetensors
 
 Weights = Literal["model", "ema"]
 
-WRAPPERS = ("model", "module", "state_dict")            # in the order in which LlamaGen's scripts look for them
+# In the order in which LlamaGen's scripts look for them; the last is VAR's and VAR-DD's, inside `trainer`.
+WRAPPERS = ("model", "module", "state_dict", "var_wo_ddp")
+EMA_WRAPPERS = ("ema", "ema_parameters", "model_ema")
 _STRAYS = {"freqs_cis": "the rotary table, computed at run time", "quantize.codebook_used": "training statistics"}
 _ALLOWED: list[Any] = [argparse.Namespace]              # training checkpoints keep their command line
 _UNPICKLING_ERRORS = (pickle.UnpicklingError, zipfile.BadZipFile, struct.error, RuntimeError, EOFError, OSError,
@@ -42,9 +44,9 @@ class OriginalFile:
 def read_original(path: str | Path, weights: Weights = "model") -> OriginalFile:
     """Read one file. `weights`: "model", or "ema" for the exponential moving average where a training file holds one.
 
-    Wrappers (`model`, `module`, `state_dict`, `ema`) and key prefixes (`module.`, `_orig_mod.`) are taken off; entries
-    that are no weights are left out with a notice. Raises CheckpointError when the file is missing, empty, damaged, no
-    checkpoint, or a pickle that wants to import code.
+    Wrappers (`trainer`; `model`, `module`, `state_dict`, `var_wo_ddp`; `ema`, `ema_parameters`, `model_ema`) and key
+    prefixes (`module.`, `_orig_mod.`) are taken off; entries that are no weights are left out with a notice. Raises
+    CheckpointError when the file is missing, empty, damaged, no checkpoint, or a pickle that wants to import code.
     """
     path = Path(path)
     if not path.is_file():
@@ -103,8 +105,10 @@ def _stack_globals(path: Path) -> set[str]:
 
 def _unwrap(path: Path, content: Mapping[str, Any], weights: Weights) -> tuple[Mapping[str, Any], Weights, list[str]]:
     """The state dict inside the wrappers of training scripts, which weights it holds, and notices about the rest."""
-    has_ema = _is_state(content.get("ema"))
-    chosen = next((name for name in WRAPPERS if _is_state(content.get(name))), "ema" if has_ema else None)
+    if isinstance(content.get("trainer"), Mapping):
+        content = content["trainer"]
+    ema = next((name for name in EMA_WRAPPERS if _is_state(content.get(name))), None)
+    chosen = next((name for name in WRAPPERS if _is_state(content.get(name))), ema)
     if chosen is None and not _is_state(content):
         entries = ", ".join(map(str, list(content)[:5])) or "nothing"
         raise CheckpointError(f"{path}: holds no weights, only {entries}; "
@@ -112,14 +116,14 @@ def _unwrap(path: Path, content: Mapping[str, Any], weights: Weights) -> tuple[M
     if chosen is None:
         return content, "model", []
     notices = []
-    if weights == "ema" and has_ema:
-        chosen = "ema"
-    elif has_ema:
+    if weights == "ema" and ema is not None:
+        chosen = ema
+    elif ema is not None:
         notices.append(f"{path.name}: also holds EMA weights; --weights ema takes those")
-    rest = [str(name) for name in content if name not in (chosen, "ema")]
+    rest = [str(name) for name in content if name not in (chosen, ema)]
     if rest:
         notices.append(f"{path.name}: left out {', '.join(rest)}")
-    return content[chosen], "ema" if chosen == "ema" else "model", notices
+    return content[chosen], "ema" if chosen == ema else "model", notices
 
 
 def _is_state(value: Any) -> bool:

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 
 from torch import Tensor
 
-from arimg.errors import CheckpointError
+from arimg.interop.convnet import convnet_sizes, is_ldm
 from arimg.tokenizers.vq import VQConfig
 
 _USAGE = "quantize.codebook_used"           # a FIFO of recent codes
-_SHAPES = ("quantize.embedding.weight", "encoder.conv_in.weight", "encoder.conv_out.weight", "quant_conv.weight")
+_CODEBOOK = "quantize.embedding.weight"
 
 
 def is_vq(state: Mapping[str, Tensor]) -> bool:
     """Whether these are the keys of a VQ tokenizer."""
-    return "quantize.embedding.weight" in state
+    return _CODEBOOK in state and not is_ldm(state)
 
 
 def vq_from_llamagen(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -29,26 +28,10 @@ def infer_vq_config(state: Mapping[str, Tensor]) -> VQConfig:
 
     Raises CheckpointError when a tensor that shows a size is missing.
     """
-    absent = [key for key in _SHAPES if key not in state or state[key].ndim < 2]
-    levels = _count(state, r"encoder\.conv_blocks\.(\d+)\.")
-    res_blocks = _count(state, r"encoder\.conv_blocks\.0\.res\.(\d+)\.")
-    encoder, decoder = ([f"{part}.conv_blocks.{level}.res.0.conv1.weight" for level in range(levels)]
-                        for part in ("encoder", "decoder"))
-    absent += [key for key in (*encoder, *decoder) if key not in state]
-    if absent or not levels:
-        raise CheckpointError(f"tokenizer weights: {', '.join(absent or ['encoder.conv_blocks'])} missing or without "
-                              "shape, so the sizes cannot be read; give a complete LlamaGen VQ file")
-    base = state["encoder.conv_in.weight"].shape[0]
-    codebook_size, codebook_dim = state["quantize.embedding.weight"].shape
-    multipliers = tuple(state[key].shape[0] // base for key in encoder)
-    mirrored = tuple(state[key].shape[0] // base for key in reversed(decoder))
+    sizes = convnet_sizes(state, (_CODEBOOK,))
+    codebook_size, codebook_dim = state[_CODEBOOK].shape
+    mirrored = sizes["decoder_multipliers"]
     return VQConfig(
-        codebook_size=codebook_size, codebook_dim=codebook_dim, base_channels=base, multipliers=multipliers,
-        decoder_multipliers=None if mirrored == multipliers else mirrored, res_blocks=res_blocks,
-        z_channels=state["encoder.conv_out.weight"].shape[0], in_channels=state["encoder.conv_in.weight"].shape[1])
-
-
-def _count(state: Mapping[str, Tensor], pattern: str) -> int:
-    """One more than the highest number that `pattern` finds in the keys; 0 if none."""
-    numbers = [int(match[1]) for key in state if (match := re.match(pattern, key))]
-    return max(numbers, default=-1) + 1
+        codebook_size=codebook_size, codebook_dim=codebook_dim,
+        decoder_multipliers=None if mirrored == sizes["multipliers"] else mirrored,
+        **{name: sizes[name] for name in ("base_channels", "multipliers", "res_blocks", "z_channels", "in_channels")})

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from arimg.errors import ConfigError, InputError
 from arimg.models.base import Condition
@@ -154,6 +155,7 @@ class ARTransformer(nn.Module):
         super().__init__()
         self.config = config
         self.attention_backend = "sdpa"
+        self.checkpoint_blocks = False      # compute blocks again in the backward pass instead of keeping them
         self.extent_step = EXTENT_STEP
         self._compiled: Callable[[Tensor, Window, Tensor | None], Tensor] | None = None
         self.vocab_size = config.vocab_size
@@ -161,7 +163,7 @@ class ARTransformer(nn.Module):
         self.inject_points = len(config.inject_layers)
         embedding = ClassEmbedding if config.conditioning == "class" else CaptionEmbedding
         self.cls_embedding: ClassEmbedding | CaptionEmbedding = embedding(config)
-        self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
+        self.tok_embeddings: nn.Module = nn.Embedding(config.vocab_size, config.dim)
         self.tok_dropout = nn.Dropout(config.token_dropout)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
@@ -245,6 +247,11 @@ class ARTransformer(nn.Module):
         (ControlAR, conditional decoding); rows beyond the cache's first R are left alone."""
         return (self._compiled or self._layers)(x_RWD, cache.open(slots_RW, mask_RWW, at_RW), inject_KRWD)
 
+    def features(self, x_RWD: Tensor, slots_RW: Tensor, cache: Cache | SequenceCache,
+                 inject_KRWD: Tensor | None = None) -> Tensor:
+        """h_RWD after the last layer, before the final norm; else as `step`."""
+        return self._blocks(x_RWD, cache.open(slots_RW), inject_KRWD)
+
     def compile_step(self, **options: Any) -> None:
         """Compile the layers of `step` with torch.compile(fullgraph=True, **options): one static graph per number of
         rows and positions, for which passes then read the whole cache. The first pass of each shape takes long."""
@@ -252,13 +259,19 @@ class ARTransformer(nn.Module):
         self._compiled = torch.compile(self._layers, fullgraph=True, dynamic=False, **options)
 
     def _layers(self, x_RWD: Tensor, window: Window, inject_KRWD: Tensor | None) -> Tensor:
+        return self.norm(self._blocks(x_RWD, window, inject_KRWD))
+
+    def _blocks(self, x_RWD: Tensor, window: Window, inject_KRWD: Tensor | None) -> Tensor:
         for index, layer in enumerate(self.layers):
             if inject_KRWD is not None:
                 for k, place in enumerate(self.config.inject_layers):
                     if place == index:
                         x_RWD = x_RWD + inject_KRWD[k].to(x_RWD.dtype)
-            x_RWD = layer(x_RWD, window, self.attention_backend)
-        return self.norm(x_RWD)
+            if self.checkpoint_blocks and torch.is_grad_enabled():
+                x_RWD = checkpoint(layer, x_RWD, window, self.attention_backend, use_reentrant=False)
+            else:
+                x_RWD = layer(x_RWD, window, self.attention_backend)
+        return x_RWD
 
     def logits(self, h_RWD: Tensor) -> Tensor:
         """logits_RWV; with a tied codebook head(h) + scale * (P h) . codebook."""

@@ -3,16 +3,27 @@
 Letters: B images; R rows (images x guidance branches); P prefix slots; L tokens; W positions in one pass; K injection
 points; V codes; D width. A *slot* is a place in the sequence a backbone reads: the prefix has slots 0 .. P-1, token i
 is read at slot P+i, and the output at slot P-1+j predicts token j.
+
+The above is the raster order. In the order of *scales* (models/var.py) slot j predicts token j of all scales in one
+row: the prefix has one slot for each token of the first scale, and the other slots read cells of a map.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
+
+Order = Literal["raster", "scales", "continuous"]
+
+
+def order_of(part: Any) -> Order:
+    """The order in which a network predicts tokens or a decoder paints them: attribute `order`, "raster" if none."""
+    order: Order = getattr(part, "order", "raster")
+    return order
 
 
 @dataclass(frozen=True)
@@ -67,8 +78,8 @@ class Backbone(Protocol):
     def prefix(self, condition: Condition) -> Tensor:
         """x_RPD: class or caption rows."""
 
-    def embed(self, codes_RW: Tensor, slots_RW: Tensor) -> Tensor:
-        """x_RWD: what the network reads for these codes at these slots."""
+    def embed(self, units_RW: Tensor, slots_RW: Tensor) -> Tensor:
+        """x_RWD: what the network reads at these slots, for codes_RW or, in the order of scales, cells latents_RWC."""
 
     def step(self, x_RWD: Tensor, slots_RW: Tensor, cache: Any, inject_KRWD: Tensor | None = None,
              mask_RWW: Tensor | None = None, at_RW: Tensor | None = None) -> Tensor:
@@ -80,3 +91,49 @@ class Backbone(Protocol):
 
     def logits(self, h_RWD: Tensor) -> Tensor:
         """logits_RWV."""
+
+
+class MaskedBackbone(Protocol):
+    """What a decoder may ask of a network that reads any set of known tokens (MAR). It holds no run state."""
+
+    channels: int           # C of a token
+    head: "Head"
+    inject_points: int
+
+    def null(self, condition: Condition) -> Condition:
+        """The unconditional twin."""
+
+    def context(self, condition: Condition, latents_RLC: Tensor, known_RL: Tensor,
+                inject_KRLD: Tensor | None = None) -> Tensor:
+        """z_RLD for every token, given those where the bool `known_RL` is true; the others are not read. Rows may know
+        different numbers of tokens. inject_KRLD may have fewer rows than the others: it concerns the first ones."""
+
+
+@dataclass(frozen=True)
+class HeadSample:
+    """Continuous tokens and the Gaussian of the head's last step, in float32 at least. N tokens of C channels."""
+
+    latents_NC: Tensor
+    mean_NC: Tensor
+    std_NC: Tensor              # temperature included; 0 where the sampler has no density
+    earlier_log_std_NC: Tensor  # sum over all steps before the last of log std, without temperature
+
+
+class Head(Protocol):
+    """What a decoder may ask of the head that draws continuous tokens from z. It holds no run state."""
+
+    channels: int               # C
+    draws: int                  # S: noise_NSC[:, 0] is the start, [:, 1 + i] belongs to the i-th step before the end
+    has_density: bool           # whether the last step has a Gaussian, so that `last_noise` and p/q rules make sense
+
+    def sample(self, z_GND: Tensor, noise_NSC: Tensor, scales_GN: Tensor | None = None, temperature: float = 1.0,
+               last_noise: bool = False) -> HeadSample:
+        """Tokens from standard normal noise.
+
+        Guidance over the branches: guided = branch G-1, then for g = G-2 .. 0 guided += scales_GN[g] * (branch g -
+        branch g+1). The variance is that of branch 0. `last_noise` adds the noise of the last step, which MAR leaves
+        out.
+        """
+
+    def training_loss(self, target_NC: Tensor, z_ND: Tensor, t_N: Tensor, noise_NC: Tensor) -> Tensor:
+        """loss_N of clean tokens at times t_N, uniform in [0, 1)."""

@@ -9,7 +9,7 @@ import logging
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -37,9 +37,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Same shape and dtype as `x`."""
-        wide = at_least_float32(x)
-        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return (wide * scale).to(x.dtype) * self.weight
+        return F.rms_norm(at_least_float32(x), x.shape[-1:], eps=self.eps).to(x.dtype) * self.weight
 
 
 class SwiGLU(nn.Module):
@@ -88,11 +86,25 @@ def rotary_table_2d(cells_N: Tensor, width: int, head_dim: int, base: float, pre
     return torch.cat([first_PF2, table_NF2])
 
 
-def rotate(x_RWHE: Tensor, table_RWF2: Tensor) -> Tensor:
+class Turn(NamedTuple):
+    """A rotary table spread over the channels once per pass: (a, b) -> (a, b) * cos + (b, a) * sin for each pair."""
+
+    cos_RW1E: Tensor
+    sin_RW1E: Tensor        # -sin, sin, -sin, sin ...
+
+    @classmethod
+    def by(cls, table_RWF2: Tensor) -> "Turn":
+        """The turn by the angles of a rotary table."""
+        cos_RWF, sin_RWF = table_RWF2.unbind(-1)
+        return cls(cos_RWF.repeat_interleave(2, -1)[:, :, None],
+                   torch.stack([-sin_RWF, sin_RWF], dim=-1).flatten(-2)[:, :, None])
+
+
+def rotate(x_RWHE: Tensor, turn: Turn) -> Tensor:
     """Rotate the interleaved channel pairs (2i, 2i+1) by the angles of the table, in float32 (Su et al. 2021)."""
-    even, odd = at_least_float32(x_RWHE).unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = table_RWF2[:, :, None].unbind(-1)
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x_RWHE.dtype)
+    wide_RWHE = at_least_float32(x_RWHE)
+    swapped_RWHE = wide_RWHE.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    return torch.addcmul(wide_RWHE * turn.cos_RW1E, swapped_RWHE, turn.sin_RW1E).to(x_RWHE.dtype)
 
 
 @dataclass(frozen=True)
@@ -101,7 +113,7 @@ class Window:
 
     cache: Cache | SequenceCache
     slots_RW: Tensor
-    rope_RWF2: Tensor
+    turn: Turn
     mask_R1WS: Tensor | None        # None = plain causal over the pass itself
     extent: int                     # number of leading slots that the pass reads
 
@@ -139,7 +151,7 @@ class Cache:
         that rule among the positions of the pass. `at_RW` gives the slots whose positions the entries take, where those
         written to scratch slots have other ones: they see what slot `at` would, and nothing sees them."""
         rows, width = slots_RW.shape
-        if mask_RWW is not None or at_RW is not None:
+        if at_RW is not None or mask_RWW is not None and self.stop is None:
             self.reach = self.real_RS.shape[1]
         else:
             self.reach = self.reach + width if self.stop is None else self.stop
@@ -151,7 +163,7 @@ class Cache:
         mask_RWS = self.readable_RS[:rows, None, :extent] & before_RWS | (columns_S == slots_RW[..., None])
         if mask_RWW is not None:
             mask_RWS.scatter_(2, slots_RW[:, None].expand(-1, width, -1), mask_RWW)
-        return Window(self, slots_RW, self.rope_SF2[at_RW], mask_RWS[:, None], extent)
+        return Window(self, slots_RW, Turn.by(self.rope_SF2[at_RW]), mask_RWS[:, None], extent)
 
     def exchange(self, layer: int, window: Window, keys_RWGE: Tensor, values_RWGE: Tensor) -> tuple[Tensor, Tensor]:
         """Write by slot, return the slots that the pass reads."""
@@ -179,7 +191,7 @@ class SequenceCache:
             diagonal_WW = torch.eye(width, dtype=torch.bool, device=slots_RW.device)
             mask_RWW = causal_WW & self.real_RS[:, None, :width] | diagonal_WW
         mask_R1WW = None if mask_RWW is None else mask_RWW[:, None]
-        return Window(self, slots_RW, self.rope_SF2[None, :width], mask_R1WW, width)
+        return Window(self, slots_RW, Turn.by(self.rope_SF2[None, :width]), mask_R1WW, width)
 
     def exchange(self, layer: int, window: Window, keys_RWGE: Tensor, values_RWGE: Tensor) -> tuple[Tensor, Tensor]:
         """The pass reads its own keys and values."""
@@ -199,9 +211,10 @@ class Attention(nn.Module):
     def forward(self, x_RWD: Tensor, window: Window, backend: str) -> Tensor:
         """(R, W, D)."""
         qkv_RWNE = self.wqkv(x_RWD).unflatten(-1, (-1, self.head_dim))
-        q_RWHE, k_RWGE, v_RWGE = qkv_RWNE.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
-        k_RGSE, v_RGSE = window.exchange(self.layer, rotate(k_RWGE, window.rope_RWF2), v_RWGE)
-        q_RHWE = rotate(q_RWHE, window.rope_RWF2).to(k_RGSE.dtype).transpose(1, 2)
+        qk_RWNE, v_RWGE = qkv_RWNE.split([self.heads + self.kv_heads, self.kv_heads], dim=2)
+        q_RWHE, k_RWGE = rotate(qk_RWNE, window.turn).split([self.heads, self.kv_heads], dim=2)
+        k_RGSE, v_RGSE = window.exchange(self.layer, k_RWGE, v_RWGE)
+        q_RHWE = q_RWHE.to(k_RGSE.dtype).transpose(1, 2)
         out_RHWE = attention(q_RHWE, k_RGSE, v_RGSE, window.mask_R1WS, causal=window.mask_R1WS is None, backend=backend)
         return self.dropout(self.wo(out_RHWE.transpose(1, 2).flatten(-2)))
 

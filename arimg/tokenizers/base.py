@@ -11,20 +11,40 @@ from torch import Tensor
 class TokenSpace(Protocol):
     """What a decoder may know of a codebook."""
 
-    codebook_VC: Tensor                             # float32, as the model sees it (l2-normalised if so trained)
-    scales: tuple[tuple[int, int], ...] | None      # (h, w) per scale, None for a single raster
+    @property
+    def codebook_VC(self) -> Tensor:
+        """The codes as the model sees them (l2-normalised if so trained), float32 at least."""
+
+    @property
+    def scales(self) -> tuple[tuple[int, int], ...] | None:
+        """(h, w) per scale, None for a single raster."""
 
     def nearest(self, latents_BLC: Tensor) -> Tensor:
         """codes_BL of the nearest entries."""
+
+
+class ScaleSpace(TokenSpace, Protocol):
+    """A codebook whose tokens stand on several scales, all in one row, coarse to fine. Their vectors, or any others,
+    add up to a map (B, C, h, w) of the size of the last scale."""
+
+    @property
+    def scales(self) -> tuple[tuple[int, int], ...]:
+        """(h, w) per scale."""
+
+    def accumulate(self, map_BChw: Tensor | None, latents_BWC: Tensor, k: int) -> Tensor:
+        """The map with the tokens of scale k = 0, 1, ... added; None is the empty map before scale 0."""
+
+    def next_input(self, map_BChw: Tensor, k: int) -> Tensor:
+        """cells_BWC that a model reads at scale k >= 1, of the map of all scales before it."""
 
 
 @dataclass(frozen=True)
 class Encoded:
     """An encoded batch."""
 
-    codes_BL: Tensor                # int64
+    codes_BL: Tensor                # int64, of all scales
     latents_BChw: Tensor            # quantised, what `decode` reads
-    grid: tuple[int, int]           # (h, w)
+    grid: tuple[int, int]           # (h, w), of the last scale
 
 
 class Tokenizer(Protocol):

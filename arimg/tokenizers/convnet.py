@@ -2,10 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from arimg.errors import ConfigError, InputError
+
+
+def check_widths(base_channels: int, multipliers: Sequence[int]) -> None:
+    """Raises ConfigError when a level has a width that group norm cannot part."""
+    widths = [base_channels * multiplier for multiplier in (1, *multipliers)]
+    if any(width % 32 or not width for width in widths):
+        raise ConfigError(f"base_channels={base_channels}, multipliers={list(multipliers)} give widths {widths}; "
+                          "group norm needs multiples of 32")
+
+
+def check_image(images_B3HW: Tensor, stride: int) -> None:
+    """Raises InputError when a side is not a multiple of the stride."""
+    height, width = images_B3HW.shape[-2:]
+    if height % stride or width % stride or not height or not width:
+        nearest = "x".join(str(max(1, round(side / stride)) * stride) for side in (height, width))
+        raise InputError(f"image size {height}x{width}: both sides must be multiples of {stride}; "
+                         f"the nearest is {nearest}")
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
@@ -105,16 +124,21 @@ def middle(channels: int) -> nn.ModuleList:
 
 
 class Encoder(nn.Module):
-    """Image to latent grid. Attention at the lowest resolution only (LlamaGen)."""
+    """Image to latent grid.
+
+    attention_levels: levels, 0 = full resolution, with attention after each block; None = the lowest resolution only.
+    """
 
     def __init__(self, in_channels: int, base_channels: int, multipliers: Sequence[int], res_blocks: int,
-                 z_channels: int) -> None:
+                 z_channels: int, attention_levels: Collection[int] | None = None) -> None:
         super().__init__()
         widths = [base_channels] + [base_channels * multiplier for multiplier in multipliers]
         last = len(multipliers) - 1
+        attended = {last} if attention_levels is None else set(attention_levels)
         self.conv_in = nn.Conv2d(in_channels, base_channels, 3, padding=1)
         self.conv_blocks = nn.ModuleList(
-            Level(widths[level], widths[level + 1], res_blocks, level == last, None if level == last else Downsample)
+            Level(widths[level], widths[level + 1], res_blocks, level in attended,
+                  None if level == last else Downsample)
             for level in range(last + 1))
         self.mid = middle(widths[-1])
         self.norm_out = group_norm(widths[-1])
@@ -129,17 +153,21 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latent grid to image: the encoder's mirror with one more residual block per level (LlamaGen)."""
+    """Latent grid to image: the encoder's mirror with one more residual block per level.
+
+    `conv_blocks` begins at the lowest resolution; multipliers and attention_levels count as in the encoder.
+    """
 
     def __init__(self, out_channels: int, base_channels: int, multipliers: Sequence[int], res_blocks: int,
-                 z_channels: int) -> None:
+                 z_channels: int, attention_levels: Collection[int] | None = None) -> None:
         super().__init__()
         widths = [base_channels * multiplier for multiplier in reversed(multipliers)]
         last = len(multipliers) - 1
+        attended = {last} if attention_levels is None else set(attention_levels)
         self.conv_in = nn.Conv2d(z_channels, widths[0], 3, padding=1)
         self.mid = middle(widths[0])
         self.conv_blocks = nn.ModuleList(
-            Level(widths[max(level - 1, 0)], widths[level], res_blocks + 1, level == 0,
+            Level(widths[max(level - 1, 0)], widths[level], res_blocks + 1, last - level in attended,
                   None if level == last else Upsample)
             for level in range(last + 1))
         self.norm_out = group_norm(widths[-1])

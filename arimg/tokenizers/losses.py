@@ -130,7 +130,7 @@ GAN_LOSSES = {
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# All of them, as a tokenizer is trained
+# Both sides, as they are trained
 
 
 @dataclass(frozen=True)
@@ -150,29 +150,21 @@ class ImageLossConfig:
 
 
 class TokenizerLoss(nn.Module):
-    """The losses of a tokenizer and of its adversary.
+    """The losses of a tokenizer without an adversary.
 
-    perceptual, adversary: networks, needed where their weight is not 0. Raises ConfigError when one is missing.
+    perceptual: network, needed where its weight is not 0. Raises ConfigError when it is missing.
     """
 
-    def __init__(self, config: ImageLossConfig, perceptual: PerceptualLoss | None = None,
-                 adversary: PatchDiscriminator | None = None) -> None:
+    def __init__(self, config: ImageLossConfig, perceptual: PerceptualLoss | None = None) -> None:
         super().__init__()
-        for name, weight, network in (("perceptual", config.perceptual, perceptual),
-                                      ("adversarial", config.adversarial, adversary)):
-            if weight and network is None:
-                raise ConfigError(f"{name}={weight:g} needs a network and none was given; give one, or set {name}=0")
+        if config.perceptual and perceptual is None:
+            raise ConfigError(f"perceptual={config.perceptual:g} needs a network and none was given; give one, or set "
+                              "perceptual=0")
         self.config = config
         self.perceptual = perceptual
-        self.adversary = adversary
 
-    def adversarial_weight(self, step: int) -> float:
-        """Weight of the adversarial terms at optimiser step `step`, the same for both sides."""
-        return self.config.adversarial if step >= self.config.start_step else 0.0
-
-    def tokenizer_loss(self, recon_B3HW: Tensor, images_B3HW: Tensor, quantiser: VQLosses, step: int) -> Tensor:
-        """Scalar loss of the tokenizer. Its backward pass also reaches the adversary: zero those gradients before the
-        adversary's own step."""
+    def forward(self, recon_B3HW: Tensor, images_B3HW: Tensor, quantiser: VQLosses) -> Tensor:
+        """Scalar loss of the tokenizer."""
         config = self.config
         loss = quantiser.vq + quantiser.commit + quantiser.entropy
         if config.l1:
@@ -181,15 +173,30 @@ class TokenizerLoss(nn.Module):
             loss = loss + config.l2 * F.mse_loss(recon_B3HW, images_B3HW)
         if config.perceptual and self.perceptual is not None:
             loss = loss + config.perceptual * self.perceptual(recon_B3HW, images_B3HW).mean()
-        weight = self.adversarial_weight(step)
-        if weight and self.adversary is not None:
-            loss = loss + weight * GAN_LOSSES[config.gan].generator(self.adversary(recon_B3HW))
         return loss
 
-    def adversary_loss(self, recon_B3HW: Tensor, images_B3HW: Tensor, step: int) -> Tensor | None:
-        """Scalar loss of the adversary; None before its start: nothing is computed, there is nothing to step."""
-        weight = self.adversarial_weight(step)
-        if not weight or self.adversary is None:
-            return None
-        real, fake = self.adversary(images_B3HW.detach()), self.adversary(recon_B3HW.detach())
-        return weight * GAN_LOSSES[self.config.gan].discriminator(real, fake)
+
+class Adversary(nn.Module):
+    """A discriminator and both sides' losses in the game against it, with their weight."""
+
+    def __init__(self, config: ImageLossConfig, discriminator: PatchDiscriminator) -> None:
+        super().__init__()
+        self.config = config
+        self.discriminator = discriminator
+        self.game = GAN_LOSSES[config.gan]
+
+    def plays(self, step: int) -> bool:
+        """Whether there is an adversary at optimiser step `step`, on both sides: before, nothing is to be computed."""
+        return bool(self.config.adversarial) and step >= self.config.start_step
+
+    def forward(self, recon_B3HW: Tensor, images_B3HW: Tensor) -> Tensor:
+        """Scalar loss of the discriminator; does not reach the tokenizer."""
+        real, fake = self.discriminator(images_B3HW.detach()), self.discriminator(recon_B3HW.detach())
+        return self.config.adversarial * self.game.discriminator(real, fake)
+
+    def tokenizer_loss(self, recon_B3HW: Tensor) -> Tensor:
+        """Scalar loss that the tokenizer has on top of its own; does not reach the discriminator."""
+        self.discriminator.requires_grad_(False)
+        loss = self.config.adversarial * self.game.generator(self.discriminator(recon_B3HW))
+        self.discriminator.requires_grad_(True)
+        return loss

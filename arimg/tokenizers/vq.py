@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from arimg.errors import ConfigError, InputError
+from arimg.errors import ConfigError
 from arimg.tokenizers.base import Encoded
-from arimg.tokenizers.convnet import Decoder, Encoder
+from arimg.tokenizers.convnet import Decoder, Encoder, check_image, check_widths
 
 _CHUNK = 4096           # rows of the distance table held at a time
 _ENTROPY_TEMPERATURE = 0.01
@@ -37,11 +37,7 @@ class VQConfig:
         if len(self.decoder_multipliers or self.multipliers) != len(self.multipliers):
             raise ConfigError(f"decoder_multipliers={list(self.decoder_multipliers or ())}: the encoder has "
                               f"{len(self.multipliers)} levels; give as many")
-        multipliers = [*self.multipliers, *(self.decoder_multipliers or ())]
-        widths = [self.base_channels * multiplier for multiplier in (1, *multipliers)]
-        if any(width % 32 or not width for width in widths):
-            raise ConfigError(f"base_channels={self.base_channels}, multipliers={multipliers} give widths "
-                              f"{widths}; group norm needs multiples of 32")
+        check_widths(self.base_channels, [*self.multipliers, *(self.decoder_multipliers or ())])
 
 
 @dataclass(frozen=True)
@@ -184,11 +180,7 @@ class VQTokenizer(nn.Module):
 
     def latents(self, images_B3HW: Tensor) -> Tensor:
         """(B, C, h, w) before quantisation. Raises InputError when a side is not a multiple of the stride."""
-        height, width = images_B3HW.shape[-2:]
-        if height % self.stride or width % self.stride or not height or not width:
-            nearest = "x".join(str(max(1, round(side / self.stride)) * self.stride) for side in (height, width))
-            raise InputError(f"image size {height}x{width}: both sides must be multiples of {self.stride}; "
-                             f"the nearest is {nearest}")
+        check_image(images_B3HW, self.stride)
         return self.quant_conv(self.encoder(F.pixel_unshuffle(images_B3HW, self.config.patch_size)))
 
     def encode(self, images_B3HW: Tensor) -> Encoded:

@@ -1,17 +1,26 @@
-"""The token cache: codes of a data set's images under one tokenizer, encoded once, kept in a memory-mapped file."""
+"""Codes of a data set's pictures under one tokenizer: encoded once and kept in memory-mapped files, or on the fly."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from arimg.accel.base import token_scales
 from arimg.data import to_images
+from arimg.devices import find_device
 from arimg.errors import ConfigError
 from arimg.tokenizers.vq import VQTokenizer
+from arimg.train.caches import CacheFolder
+from arimg.train.crops import Crop
+from arimg.train.data import CodeSource, Example
+from arimg.train.data_config import DataConfig
+from arimg.train.sources import CorruptSample, EmojiSource, Source
 
 _UNKNOWN = 65535
 
@@ -23,6 +32,15 @@ def tokenizer_hash(tokenizer: VQTokenizer) -> str:
         if not key.startswith(("decoder.", "post_quant_conv.")):
             digest.update(key.encode() + tensor.detach().cpu().contiguous().float().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+class Codes(CodeSource, Protocol):
+    """Codes of examples, and the tokenizer they belong to."""
+
+    tokenizer: Any
+
+    def of(self, examples: Sequence[Example]) -> Tensor:
+        """codes_BL, int64."""
 
 
 class CodeCache:
@@ -40,7 +58,8 @@ class CodeCache:
         self.tokenizer = tokenizer.eval().requires_grad_(False)
         self.grid = (images_NHW3.shape[1] // tokenizer.stride, images_NHW3.shape[2] // tokenizer.stride)
         path = folder / f"codes-{data_hash}-{tokenizer_hash(tokenizer)}.u16.npy"
-        shape = (2 * len(images_NHW3), self.grid[0] * self.grid[1])
+        scales = token_scales(tokenizer.space(), self.grid)
+        shape = (2 * len(images_NHW3), sum(height * width for height, width in scales))
         if not path.exists():
             folder.mkdir(parents=True, exist_ok=True)
             temporary = path.with_suffix(".writing.npy")
@@ -64,3 +83,97 @@ class CodeCache:
             self.codes[missing, 1:] = codes_BL[:, 1:]
             self.codes[missing, 0] = codes_BL[:, 0]     # last: it tells other readers that the row is complete
         return torch.from_numpy(self.codes[indices].astype(np.int64))
+
+
+class EmojiCodes:
+    """The cache inside an emoji folder; variant 1 of a picture is its mirror image."""
+
+    needs_pixels = False
+
+    def __init__(self, cache: CodeCache) -> None:
+        self.cache = cache
+        self.tokenizer = cache.tokenizer
+
+    def check(self, index: int) -> None:
+        """All are readable."""
+
+    def of(self, examples: Sequence[Example]) -> Tensor:
+        """codes_BL, int64."""
+        rows = [example.index + len(self.cache.images) * example.variant for example in examples]
+        return self.cache.get(np.array(rows))
+
+
+class ShardCodes:
+    """Codes (n, A, L) per group for the A variants of a crop, made ahead by `arimg data codes`. uint16, or uint32 for a
+    codebook of more than 65535; the largest number marks a sample that could not be read."""
+
+    needs_pixels = False
+
+    def __init__(self, cache: CacheFolder, tokenizer: VQTokenizer) -> None:
+        """Raises ConfigError on a cache that is incomplete or belongs to another tokenizer, source or crop."""
+        cache.check_complete()
+        self.cache = cache
+        self.tokenizer = tokenizer.eval().requires_grad_(False)
+        self.dtype = code_dtype(tokenizer.vocab_size)
+
+    def check(self, index: int) -> None:
+        """Raises CorruptSample for a sample that had no codes."""
+        group, row = self.cache.place(index)
+        if self.cache.load(group)[row, 0, 0] == np.iinfo(self.dtype).max:
+            raise CorruptSample(f"{self.cache.groups[group].name}: sample {row} was unreadable when codes were made")
+
+    def of(self, examples: Sequence[Example]) -> Tensor:
+        """codes_BL, int64."""
+        rows = [(*self.cache.place(example.index), example.variant) for example in examples]
+        codes = np.stack([self.cache.load(group)[row, variant] for group, row, variant in rows])
+        return torch.from_numpy(codes.astype(np.int64))
+
+
+class LiveCodes:
+    """Codes made on the fly from the pixels, on the accelerator if there is one."""
+
+    needs_pixels = True
+
+    def __init__(self, tokenizer: VQTokenizer) -> None:
+        self.tokenizer = tokenizer.eval().requires_grad_(False)
+
+    def check(self, index: int) -> None:
+        """Every sample that can be read has codes."""
+
+    @torch.no_grad()
+    def encode(self, pixels_BHW3: np.ndarray) -> Tensor:
+        """codes_BL, int64, on the CPU."""
+        device = find_device("auto")
+        return self.tokenizer.to(device).encode(to_images(pixels_BHW3).to(device)).codes_BL.cpu()
+
+    def of(self, examples: Sequence[Example]) -> Tensor:
+        """codes_BL of pictures of one size."""
+        return self.encode(np.stack([pixels_of(example) for example in examples]))
+
+
+def code_dtype(vocab_size: int) -> type[np.unsignedinteger]:
+    """The smallest type that holds all codes and one number more."""
+    return np.uint16 if vocab_size <= _UNKNOWN else np.uint32
+
+
+def pixels_of(example: Example) -> np.ndarray:
+    """uint8 (H, W, 3) of an example that was read with its picture."""
+    assert example.pixels_HW3 is not None
+    return example.pixels_HW3
+
+
+def codes_cache(config: DataConfig, crop: Crop, source: Source, tokenizer: VQTokenizer) -> CacheFolder:
+    """Where the codes of a source lie and what they depend on."""
+    meta = {"kind": "codes", "tokenizer": tokenizer_hash(tokenizer), "vocab_size": tokenizer.vocab_size,
+            "crop": crop.tag}
+    return CacheFolder(Path(config.cache) / f"codes-{crop.tag}-{source.fingerprint[:8]}", source, meta)
+
+
+def open_codes(config: DataConfig, crop: Crop, source: Source, tokenizer: VQTokenizer) -> Codes:
+    """The emoji folder's own cache, one made ahead, or codes on the fly. Raises ConfigError."""
+    if isinstance(source, EmojiSource):
+        images = source.emoji.images
+        return EmojiCodes(CodeCache(config.path() / "codes", images, tokenizer, source.fingerprint))
+    if config.cache:
+        return ShardCodes(codes_cache(config, crop, source, tokenizer), tokenizer)
+    return LiveCodes(tokenizer)

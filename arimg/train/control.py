@@ -1,22 +1,32 @@
 """Objective `control`: the AR transformer and its control adapter together (ControlAR section 3.2), from the start or
 from the weights of an `ar` run.
 
-Each sample is a picture's codes, its class, and a random map of the picture (train/maps.py) of a random type.
+Each sample is a picture's codes, its class or caption, and a map of the picture of one of the types.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from arimg.control.adapter import ControlAdapter, ControlConfig
+from arimg.control.base import get_type
 from arimg.data import to_images
 from arimg.errors import ConfigError, UnknownNameError
+from arimg.interop.controlar import encoder_state
 from arimg.train.ar import ARObjective, ARRun, ARTask
-from arimg.train.maps import check_types, random_map
+from arimg.train.crops import Crop
+from arimg.train.data import Example, MapSource
+from arimg.train.map_sources import KINDS, CachedMaps, ExtractedMaps, RandomMaps, maps_cache
+from arimg.train.maps import check_types
+from arimg.train.sources import Source
+from arimg.weights import read_weights
 
 
 @dataclass(frozen=True)
@@ -24,12 +34,19 @@ class ControlRun(ARRun):
     """A joint run of model and control adapter."""
 
     control: ControlConfig = field(default_factory=ControlConfig)
+    maps: str = "random"                    # random (maps.py) | extracted (as published) | cached (arimg data maps)
     type_weights: dict[str, float] = field(default_factory=dict)    # how often a type is drawn; those not named: 1
     control_dropout: float = 0.1            # share of samples without control, besides the model's class_dropout
+    drop_together: bool = False             # a dropped class or caption takes the control with it (ControlAR)
+    encoder_weights: str = ""               # Hugging Face file of the ViT or DINOv2 that the encoder starts from
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_types(self.control.types)
+        if self.maps not in KINDS:
+            raise UnknownNameError("maps", self.maps, KINDS)
+        if self.maps == "random":
+            check_types(self.control.types)
+        self._check_resampling()
         for name, weight in self.type_weights.items():
             if name not in self.control.types:
                 raise UnknownNameError("type in type_weights", name, self.control.types)
@@ -41,6 +58,13 @@ class ControlRun(ARRun):
         if self.control.points != len(self.model.inject_layers):
             raise ConfigError(f"control.points={self.control.points}: model.inject_layers has "
                               f"{len(self.model.inject_layers)} layers; one point feeds one layer")
+
+    def _check_resampling(self) -> None:
+        """An encoder that scales its maps treats all of a batch alike."""
+        ways = {get_type(name).resample for name in self.control.types}
+        if self.control.patch != self.control.stride and len(ways) > 1:
+            raise ConfigError(f"control.types={list(self.control.types)}: this encoder scales maps, and these types "
+                              "are scaled in different ways; train them in runs of their own")
 
     def type_shares(self) -> np.ndarray:
         """Probability of each of `control.types`."""
@@ -54,38 +78,72 @@ class ControlTask(ARTask):
     def __init__(self, config: ControlRun, codebook_VC: Tensor, grid: tuple[int, int]) -> None:
         super().__init__(config, codebook_VC, grid)
         self.control = ControlAdapter(config.control)
+        self.resample = get_type(config.control.types[0]).resample
+
+    def grid_of(self, *control: Tensor) -> tuple[int, int]:
+        """(h, w) tokens: those of the maps."""
+        stride = self.control.config.stride
+        return control[0].shape[2] // stride, control[0].shape[3] // stride
 
     def inject(self, *control: Tensor) -> Tensor:
         """inject_KBLD of (maps, type ids, keep control)."""
         maps_B3HW, type_ids_B, keep_control_B = control
-        return self.control.inject(maps_B3HW, type_ids_B=type_ids_B) * keep_control_B[:, None, None]
+        inject_KBLD = self.control.inject(maps_B3HW, self.resample, type_ids_B, self.scales())
+        return inject_KBLD * keep_control_B[:, None, None]
+
+    def scales(self) -> tuple[tuple[int, int], ...] | None:
+        """Those of the model; None: a raster."""
+        return None
 
 
 class ControlObjective(ARObjective):
-    """Train on an emoji folder with maps made on the fly."""
+    """Train on any source with control maps."""
 
     config_class = ControlRun
     task_class = ControlTask
 
-    def maps(self, indices: np.ndarray, type_ids_B: np.ndarray, rng: np.random.Generator) -> Tensor:
-        """Random maps (B, 3, H, W) in [-1, 1]."""
-        types = [self.config.control.types[i] for i in type_ids_B]
-        maps = [random_map(name, pixels, rng) for name, pixels in zip(types, self.cache.pixels(indices))]
-        return to_images(np.stack(maps))
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        if config.control.stride != self.cache.tokenizer.stride:
+            raise ConfigError(f"control.stride={config.control.stride}: the tokenizer {config.tokenizer} has "
+                              f"{self.cache.tokenizer.stride} pixels per token; write control.stride="
+                              f"{self.cache.tokenizer.stride}")
 
-    def draw_control(self, indices: np.ndarray, rng: np.random.Generator) -> tuple[Tensor, ...]:
-        """(maps, type ids, keep control): types drawn with their shares."""
-        shares = self.config.type_shares()
-        type_ids_B = rng.choice(len(shares), len(indices), p=shares)
-        keep_control_B = torch.from_numpy(rng.random(len(indices)) >= self.config.control_dropout)
-        return self.maps(indices, type_ids_B, rng), torch.from_numpy(type_ids_B), keep_control_B
+    def _load_weights(self) -> None:
+        """Those of a pretrained encoder, too; weights of `init_from` take their place."""
+        if self.config.encoder_weights:
+            weights = read_weights(Path(self.config.encoder_weights))
+            self.network.control.load_encoder(encoder_state(weights).state)
+        super()._load_weights()
 
-    def held_out_control(self, indices: np.ndarray) -> tuple[Tensor, ...]:
-        """The same maps every time, types in rotation, all kept."""
-        type_ids_B = np.arange(len(indices)) % len(self.config.control.types)
-        maps_B3HW = self.maps(indices, type_ids_B, np.random.default_rng([self.config.seed, 3]))
-        return maps_B3HW, torch.from_numpy(type_ids_B), torch.ones(len(indices), dtype=torch.bool)
+    def maps(self, source: Source, crop: Crop) -> MapSource:
+        """Maps of the kind that the run asks for. Raises ConfigError on an incomplete cache."""
+        config, types, shares = self.config, self.config.control.types, self.config.type_shares()
+        if config.maps == "random":
+            return RandomMaps(types, shares)
+        if config.maps == "extracted":
+            return ExtractedMaps(types, shares)
+        if not config.data.cache:
+            raise ConfigError("maps=cached: data.cache is empty; name the folder that arimg data maps has filled")
+        caches = [maps_cache(config.data, crop, source, name) for name in types]
+        return CachedMaps(types, shares, caches, crop.count(cached=True))
+
+    def control(self, examples: Sequence[Example], drop_B: Tensor, rng: np.random.Generator) -> tuple[Tensor, ...]:
+        """(maps, type ids, keep control): dropped by control_dropout and, if asked for, where the class is."""
+        keep_B = torch.from_numpy(rng.random(len(examples)) >= self.config.control_dropout)
+        return *stacked(examples), keep_B & ~drop_B if self.config.drop_together else keep_B
+
+    def held_out_control(self, examples: Sequence[Example]) -> tuple[Tensor, ...]:
+        """All kept."""
+        return *stacked(examples), torch.ones(len(examples), dtype=torch.bool)
 
     def control_types(self) -> tuple[str, ...]:
         """Those that the adapter is trained on."""
-        return self.config.control.types
+        types: tuple[str, ...] = self.config.control.types
+        return types
+
+
+def stacked(examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
+    """(maps_B3HW in [-1, 1], type ids)."""
+    maps = [example.map_HW3 for example in examples if example.map_HW3 is not None]
+    return to_images(np.stack(maps)), torch.tensor([example.type_id for example in examples])

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from arimg.config import dump_config, from_dict, read_values
+from arimg.config import from_dict, read_values
 from arimg.errors import ConfigError
 from arimg.registry import OBJECTIVES
 
@@ -24,9 +24,10 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> Any:
 def main(path: Path, overrides: Sequence[str] = (), resume: str = "latest") -> Path:
     """Train; returns the folder of exported weights. Raises ConfigError and what the objective raises."""
     config = load_run(path, overrides)
-    from arimg.train.loop import train
+    from accelerate import PartialState
 
-    folder = config.folder()
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
-    return train(config, OBJECTIVES.load(config.objective)(config), resume)
+    from arimg.train.loop import on_cpu, train
+
+    with PartialState(cpu=on_cpu()).main_process_first():       # one process makes the caches, the others find them
+        objective = OBJECTIVES.load(config.objective)(config)
+    return train(config, objective, resume)

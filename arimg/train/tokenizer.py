@@ -1,8 +1,9 @@
-"""Objective `tokenizer`: reconstruct images through the codebook (LlamaGen section 2.1; no adversary yet, so its weight
-must be 0)."""
+"""Objective `tokenizer`: reconstruct images through the codebook, from some step on against a discriminator (LlamaGen
+section 2.1)."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,25 +15,41 @@ from PIL import Image
 from torch import Tensor, nn
 
 from arimg.checkpoints import load_component, load_state, save_component
-from arimg.data import load_emoji, to_images
+from arimg.data import to_images
 from arimg.errors import ConfigError
 from arimg.images import make_grid, to_pil
-from arimg.tokenizers.losses import ImageLossConfig, TokenizerLoss, effnet_loss
+from arimg.tokenizers.losses import (Adversary, ImageLossConfig, PatchDiscriminator, PerceptualLoss, TokenizerLoss,
+                                     effnet_loss, lpips_vgg16)
 from arimg.tokenizers.vq import CodebookUsage, VQConfig, VQTokenizer
-from arimg.train.data import balanced_indices, batch_rng, random_crops
-from arimg.train.run import RunConfig
+from arimg.train.crops import Crop
+from arimg.train.data import Example, Feed, Loader, processes
+from arimg.train.data_config import CropConfig
+from arimg.train.objective import Batch, Figures, Losses, Player
+from arimg.train.run import AdamWConfig, RunConfig
+from arimg.train.sources import EmojiSource, Source, open_splits
 
 _SHOWN = 16
+_SMALLEST_JUDGED = 24       # pixels: below, the discriminator has no patch
+
+
+@dataclass(frozen=True)
+class LpipsFiles:
+    """Where the weights of LPIPS lie; empty: EfficientNet-Lite0's features stand in."""
+
+    vgg: str = ""               # vgg16-397923af.pth of torchvision
+    heads: str = ""             # vgg.pth of LPIPS 0.1
 
 
 @dataclass(frozen=True)
 class TokenizerRun(RunConfig):
-    """A tokenizer run on random crops. Raises ConfigError on settings that contradict one another."""
+    """A tokenizer run on the crops that `data.crop` describes. Raises ConfigError on settings that contradict one
+    another."""
 
     model: VQConfig = field(default_factory=VQConfig)
-    crop: int = 64              # pixels
     loss: ImageLossConfig = ImageLossConfig(l1=1.0, l2=1.0, perceptual=0.0, adversarial=0.0)
-    revive_every: int = 20      # steps between revivals of codes unused since the last one
+    lpips: LpipsFiles = field(default_factory=LpipsFiles)
+    adversary: AdamWConfig | None = None    # the discriminator's optimiser; None: as the tokenizer's
+    revive_every: int = 20      # steps between revivals of codes unused since the last one; 0 = never
     revive_until: int = 700     # step after which the codebook is left alone
     decoder_only: bool = False  # the codes of every picture stay what they are: a model of them stays valid
 
@@ -41,6 +58,17 @@ class TokenizerRun(RunConfig):
         if self.decoder_only and not self.init_from:
             raise ConfigError("decoder_only=true: needs a trained encoder and codebook; give init_from=FOLDER, the "
                               "tokenizer that a run exported")
+        if self.loss.adversarial and 0 < self.data.crop.size < _SMALLEST_JUDGED:
+            raise ConfigError(f"data.crop.size={self.data.crop.size}: too small for the discriminator; write at least "
+                              f"{_SMALLEST_JUDGED}, or loss.adversarial=0")
+        if bool(self.lpips.vgg) != bool(self.lpips.heads):
+            raise ConfigError("lpips: has one of two files; give both lpips.vgg and lpips.heads, or neither")
+
+    def perceptual(self) -> PerceptualLoss | None:
+        """The distance of features that the loss asks for."""
+        if not self.loss.perceptual:
+            return None
+        return lpips_vgg16(Path(self.lpips.vgg), Path(self.lpips.heads)) if self.lpips.vgg else effnet_loss()
 
 
 class TokenizerTask(nn.Module):
@@ -49,20 +77,18 @@ class TokenizerTask(nn.Module):
     def __init__(self, config: TokenizerRun) -> None:
         super().__init__()
         self.tokenizer = VQTokenizer(config.model)
-        self.loss = TokenizerLoss(config.loss, effnet_loss() if config.loss.perceptual else None)
+        self.loss = TokenizerLoss(config.loss, config.perceptual())
 
-    def forward(self, images_B3HW: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Scalar loss and figures."""
-        images_B3HW = images_B3HW.contiguous(memory_format=torch.channels_last)
+    def forward(self, images_B3HW: Tensor) -> tuple[Tensor, Tensor, Figures]:
+        """Reconstructions, scalar loss without an adversary, figures and the codes."""
         recon_B3HW, codes_BL, losses = self.tokenizer(images_B3HW)
-        loss = self.loss.tokenizer_loss(recon_B3HW, images_B3HW, losses, step=0)
-        self.last_codes_BL = codes_BL.detach()
-        squared_error = F.mse_loss(recon_B3HW.detach(), images_B3HW)
-        return loss, {"psnr": -10 * torch.log10(squared_error / 4), "vq": losses.vq.detach()}
+        loss = self.loss(recon_B3HW, images_B3HW, losses)
+        squared_error = F.mse_loss(recon_B3HW.detach().float(), images_B3HW)
+        return recon_B3HW, loss, {"psnr": -10 * torch.log10(squared_error / 4), "vq": losses.vq, "codes": codes_BL}
 
 
 class TokenizerObjective:
-    """Train a VQ tokenizer on an emoji folder."""
+    """Train a VQ tokenizer on any source (train/sources.py)."""
 
     config_class = TokenizerRun
 
@@ -77,33 +103,49 @@ class TokenizerObjective:
             for part in (tokenizer.encoder, tokenizer.quant_conv, tokenizer.quantize):
                 part.requires_grad_(False)
         self.network.to(memory_format=torch.channels_last)
-        emoji = load_emoji(config.data.path())
-        self.images = emoji.images
-        self.train_indices = np.flatnonzero(~emoji.held_out)
-        self.train_labels = emoji.labels[self.train_indices]
-        held_out = np.flatnonzero(emoji.held_out)
-        self.shown = held_out[::max(1, len(held_out) // _SHOWN)][:_SHOWN]
-        self.usage = CodebookUsage(config.model.codebook_size, window=config.revive_every * self._codes_per_step())
+        self.adversary = Adversary(config.loss, PatchDiscriminator()) if config.loss.adversarial else None
+        train, held_out = open_splits(config.data)
+        data, crop = config.data, Crop(config.data.crop, flip=True)
+        whole = self._whole_size(train.source)
+        self.size = (data.crop.size, data.crop.size) if data.crop.size else whole
+        self.feed = Feed(Loader(data, train, config.seed, processes() * config.train.accumulation), crop)
+        whole_crop = Crop(CropConfig("center", whole[0]), flip=False)
+        self.shown = Feed(Loader(data, held_out, config.seed), whole_crop).held_out(_SHOWN, whole)
+        self.usage = CodebookUsage(config.model.codebook_size)
 
-    def _codes_per_step(self) -> int:
-        return self.config.data.batch_size * (self.config.crop // self.network.tokenizer.stride) ** 2
+    def players(self) -> dict[str, Player]:
+        """The tokenizer, and its adversary if it ever has one."""
+        config = self.config
+        players = {"tokenizer": Player(self.network, config.optim, config.optim.steps)}
+        if self.adversary is not None:
+            updates = max(1, config.optim.steps - config.loss.start_step)
+            players["adversary"] = Player(self.adversary, config.adversary or config.optim, updates, averaged=False)
+        return players
 
-    def batch(self, step: int, rank: int, processes: int) -> tuple[Tensor, ...]:
+    def batch(self, step: int, micro: int) -> Batch:
         """(images,)"""
-        config = self.config
-        rng = batch_rng(config.seed, step, rank)
-        chosen = self.train_indices[balanced_indices(self.train_labels, config.data.batch_size, rng)]
-        return (to_images(random_crops(self.images, chosen, config.crop, rng)),)
+        return (stacked(self.feed.batch(step, micro, self.size)),)
 
-    def after_step(self, step: int, network: TokenizerTask) -> dict[str, float]:
-        """Count codes; move the dead ones onto latents of the batch."""
-        used = self.usage.update(network.last_codes_BL)
+    def losses(self, networks: Mapping[str, nn.Module], batch: Batch, step: int) -> tuple[Losses, Figures]:
+        """Both sides see the tokenizer and the discriminator as they are before this step."""
+        images_B3HW = batch[0].contiguous(memory_format=torch.channels_last)
+        recon_B3HW, loss, figures = networks["tokenizer"](images_B3HW)
+        if self.adversary is None or not self.adversary.plays(step):
+            return {"tokenizer": loss}, figures
+        loss = loss + self.adversary.tokenizer_loss(recon_B3HW)
+        return {"tokenizer": loss, "adversary": networks["adversary"](recon_B3HW, images_B3HW)}, figures
+
+    def after_step(self, step: int, network: nn.Module, seen: Figures) -> dict[str, float]:
+        """Count codes; move the dead ones onto latents of a batch."""
         config = self.config
-        if config.decoder_only or step % config.revive_every or step > config.revive_until:
+        assert isinstance(network, TokenizerTask)
+        self.usage.window = max(1, config.revive_every) * seen["codes"].numel()
+        used = self.usage.update(seen["codes"])
+        if config.decoder_only or not config.revive_every or step % config.revive_every or step > config.revive_until:
             return {"usage": used}
         with torch.no_grad():
-            latents = network.tokenizer.latents(self.batch(step, 0, 1)[0].to(network.last_codes_BL.device))
-        generator = torch.Generator(latents.device).manual_seed(self.config.seed * 1_000_003 + step)
+            latents = network.tokenizer.latents(self.batch(step, 0)[0].to(seen["codes"].device))
+        generator = torch.Generator(latents.device).manual_seed(config.seed * 1_000_003 + step)
         revived = network.tokenizer.quantize.revive(latents, self.usage.dead(), generator)
         return {"usage": used, "revived": revived}
 
@@ -115,14 +157,36 @@ class TokenizerObjective:
         """Restore them."""
         self.usage.recent = state["recent"]
 
+    def _whole_size(self, source: Source) -> tuple[int, int]:
+        """(height, width) at which held-out pictures are shown."""
+        if isinstance(source, EmojiSource):
+            shape = source.emoji.images.shape
+            return int(shape[1]), int(shape[2])
+        return self.config.data.crop.size, self.config.data.crop.size
+
+    def _held_out(self, network: nn.Module) -> Tensor:
+        return stacked(self.shown).to(next(network.parameters()).device)
+
     @torch.no_grad()
-    def sample(self, network: TokenizerTask) -> Image.Image:
+    def validation_loss(self, network: nn.Module) -> float:
+        """The loss without an adversary on held-out pictures."""
+        return float(network(self._held_out(network))[1])
+
+    @torch.no_grad()
+    def sample(self, network: nn.Module) -> Image.Image:
         """Held-out originals above their reconstructions."""
-        images = to_images(self.images[self.shown]).to(next(network.parameters()).device)
+        assert isinstance(network, TokenizerTask)
+        images = self._held_out(network)
         encoded = network.tokenizer.encode(images)
         recon = network.tokenizer.decode(encoded.latents_BChw)
         return make_grid([to_pil(image.cpu()) for image in torch.cat([images, recon])], columns=len(self.shown))
 
-    def export(self, network: TokenizerTask, folder: Path) -> None:
+    def export(self, network: nn.Module, folder: Path) -> None:
         """The tokenizer as a component folder."""
+        assert isinstance(network, TokenizerTask)
         save_component(network.tokenizer, folder / "tokenizer", torch.float32)
+
+
+def stacked(examples: Sequence[Example]) -> Tensor:
+    """images_B3HW in [-1, 1]."""
+    return to_images(np.stack([example.pixels_HW3 for example in examples]))     # type: ignore[arg-type]

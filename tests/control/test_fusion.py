@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from arimg.control.fusion import MLP, ControlFusion, combine, injection_layers
+from arimg.control.fusion import MLP, ControlFusion, at_scales, combine, injection_layers
 from arimg.errors import ConfigError, InputError
 
 
@@ -144,3 +144,27 @@ def test_options_must_pair_up():
         combine([inject(), inject(1)], [1.0])
     with pytest.raises(InputError, match="2 values of --control-end for 1 controls"):
         combine([inject()], [1.0], [0.0], [1.0, 1.0])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models of several scales
+
+
+def test_each_scale_reads_area_means_of_the_control_map():
+    tokens = torch.randn(2, 12, 5)
+    scales = ((1, 1), (2, 2), (2, 3), (4, 3))
+    result = at_scales(tokens, (4, 3), scales)
+    assert result.shape == (2, 1 + 4 + 6 + 12, 5)
+    torch.testing.assert_close(result[:, 0], tokens.mean(1))
+    cells = tokens.view(2, 4, 3, 5)
+    torch.testing.assert_close(result[:, 5:11], cells.view(2, 2, 2, 3, 5).mean(2).flatten(1, 2))
+    torch.testing.assert_close(result[:, 1], cells[:, :2, :2].mean((1, 2)))
+    assert torch.equal(result[:, 11:], tokens)
+
+
+def test_windows_of_scales_take_whole_scales():
+    sizes = (1, 4, 5)
+    first_two = combine([inject()], [2.0], [0.0], [0.5], sizes)
+    assert torch.equal(first_two[:, :, :5], 2 * inject()[:, :, :5]) and not first_two[:, :, 5:].any()
+    last = combine([inject()], [1.0], [2 / 3], [1.0], sizes)
+    assert torch.equal(last[:, :, 5:], inject()[:, :, 5:]) and not last[:, :, :5].any()

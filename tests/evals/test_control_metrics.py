@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from arimg.control.base import AsIs
-from arimg.evals.control_metrics import (Region, canny_edges, dilate, edge_scores, extracted, lines_of_maps,
-                                         map_differences)
+from arimg.errors import MissingExtraError
+from arimg.evals.control_metrics import (Region, canny_edges, check_map_scores, dilate, edge_scores, extracted,
+                                         lines_of_maps, map_differences, map_scores, mean_iou, ms_ssim, rmse,
+                                         ssim_scales)
 
 
 def drawn(*rows: str) -> np.ndarray:
@@ -17,7 +20,8 @@ def drawn(*rows: str) -> np.ndarray:
 
 
 def scores(painted: np.ndarray, given: np.ndarray, region: Region = Region()) -> tuple[float, ...]:
-    return tuple(float(values[0]) for values in edge_scores(painted, given, region))
+    """F1, precision and recall."""
+    return tuple(float(values[0]) for values in edge_scores(painted, given, region))[:3]
 
 
 NOTHING = drawn("......", "......", "......", "......")
@@ -84,10 +88,75 @@ def test_map_differences_are_grey_levels() -> None:
     painted = given.copy()
     painted[0] += 12
     painted[1, :, :2, 0] -= 60
-    assert map_differences(painted, given, AsIs()).tolist() == [12, 10]
+    assert map_differences(painted, given).tolist() == [12, 10]
 
 
 def test_extracted_keeps_the_order() -> None:
     pictures = np.arange(3, dtype=np.uint8).repeat(2 * 2 * 3).reshape(3, 2, 2, 3)
     assert np.array_equal(extracted(pictures, AsIs()), pictures)
     assert isinstance(AsIs()(Image.fromarray(pictures[0])), Image.Image)
+
+
+def test_exact_f1_has_no_tolerance() -> None:
+    assert edge_scores(np.roll(LINE, 1, axis=2), LINE).f1_exact.tolist() == [0]
+    half = LINE.copy()
+    half[0, 2:] = False                                         # precision 1, recall 1/2
+    found = edge_scores(np.concatenate([LINE, half, NOTHING]), np.concatenate([LINE, LINE, NOTHING]))
+    assert found.f1_exact == pytest.approx([1, 2 / 3, 1])
+
+
+def test_rmse_is_per_picture() -> None:
+    given = np.full((2, 4, 4, 3), 100, np.uint8)
+    found = given.copy()
+    found[0] += 30
+    found[1, :2] -= 40                                          # half of the pixels
+    assert rmse(found, given) == pytest.approx([30, 40 * 0.5 ** 0.5])
+    assert map_scores("depth", found, given)["rmse"].value == pytest.approx((30 + 40 * 0.5 ** 0.5) / 2)
+
+
+def test_ms_ssim_is_torchmetrics_own_on_a_range_of_one() -> None:
+    torchmetrics = pytest.importorskip("torchmetrics.functional.image")
+    rng = np.random.default_rng(0)
+    given = rng.integers(0, 256, (2, 12, 12, 3), dtype=np.uint8).repeat(16, 1).repeat(16, 2)
+    found = np.clip(given.astype(int) + rng.integers(-40, 40, given.shape), 0, 255).astype(np.uint8)
+    pair = [torch.from_numpy(one).movedim(-1, 1).float() / 255 for one in (found, given)]
+    theirs = torchmetrics.multiscale_structural_similarity_index_measure(*pair, data_range=1.0)
+    scores = map_scores("hed", found, given)
+    assert scores["ms_ssim"].value == pytest.approx(float(theirs), rel=1e-5) and 0.5 < scores["ms_ssim"].value < 1
+    assert map_scores("hed", given, given)["ms_ssim"].value == pytest.approx(1, rel=1e-4)
+
+
+@pytest.mark.parametrize(("side", "scales"), [(10, 0), (11, 1), (16, 1), (22, 2), (44, 3), (98, 3), (128, 4), (175, 4),
+                                              (176, 5), (512, 5)])
+def test_scales_that_fit(side: int, scales: int) -> None:
+    assert ssim_scales(side) == scales
+    if scales:
+        maps = np.random.default_rng(0).integers(0, 256, (1, side, side, 3), dtype=np.uint8)
+        assert ms_ssim(maps, maps, scales) == pytest.approx(1, rel=1e-4)
+
+
+def test_mean_iou_by_hand() -> None:
+    """Red: 2 of 4 pixels found, none wrong: 1/2. Green: 4 found, 2 of them red's: 4/6. Blue is found where nothing is
+    labelled, which does not count, and once in green's place: 0/1 is a class of its own."""
+    red, green, blue, none = (255, 0, 0), (0, 255, 0), (0, 0, 255), (0, 0, 0)
+    given = np.array([[[red] * 4, [green] * 4, [none] * 4]], np.uint8)
+    found = np.array([[[red, red, green, green], [green] * 4, [blue] * 4]], np.uint8)
+    assert mean_iou(found, given).value == pytest.approx((2 / 4 + 4 / 6) / 2)
+    found[0, 1, 0] = blue
+    assert mean_iou(found, given).value == pytest.approx((2 / 4 + 3 / 6 + 0) / 3)
+    assert mean_iou(given, given).value == 1
+    assert np.isnan(mean_iou(given, np.zeros_like(given)).value)
+
+
+def test_mean_iou_sums_over_pictures_before_it_divides() -> None:
+    red, green = (255, 0, 0), (0, 255, 0)
+    given = np.array([[[red, red]], [[red, green]]], np.uint8)
+    found = np.array([[[red, green]], [[red, green]]], np.uint8)
+    assert mean_iou(found, given).value == pytest.approx((2 / 3 + 1 / 2) / 2)
+
+
+def test_ms_ssim_without_torchmetrics_is_one_line_before_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("arimg.evals.control_metrics.find_spec", lambda name: None)
+    with pytest.raises(MissingExtraError, match=r"MS-SSIM needs torchmetrics.*arimg\[eval\]"):
+        check_map_scores("lineart")
+    check_map_scores("canny")

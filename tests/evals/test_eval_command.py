@@ -14,26 +14,17 @@ from PIL import Image
 
 from arimg.cli import main
 from arimg.evals import control
-from arimg.evals.picture_sets import EffnetLite0Pooled, EffnetLite0Stages, features_of
+from arimg.evals.extractors import EffnetLite0Pooled, EffnetLite0Stages
+from arimg.evals.held_out import folder_pictures
+from arimg.evals.picture_sets import features_of
+from arimg.registry import EXTRACTORS
+from tests.evals.fake import FakeExtractor
 from tests.toy import CONTROL, toy_pipeline
 from tests.train.toy_emoji import write_toy_emoji
 
 SIZE = 16
 CLASSES = ("a/x", "b/x")
 STATED = "--model", "MODEL", "--data", "DATA"
-
-
-class FakeExtractor:
-    """Features that cost nothing: means of the channels, and how much they vary."""
-
-    name, layer = "fake", "means"
-
-    def __call__(self, pixels_BHW3: np.ndarray) -> np.ndarray:
-        scaled = pixels_BHW3.astype(np.float32) / 255
-        return np.concatenate([scaled.mean((1, 2)), scaled.std((1, 2))], axis=1)
-
-    def describe(self) -> dict[str, str]:
-        return {"name": self.name}
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +52,8 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.fixture(autouse=True)
 def fast(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("arimg.commands.eval._extractor", FakeExtractor)
-    monkeypatch.setattr("arimg.commands.eval._style_extractor", FakeExtractor)
+    monkeypatch.setitem(EXTRACTORS.entries, "effnet_lite0", "tests.evals.fake:FakeExtractor")
+    monkeypatch.setattr("arimg.commands.eval_models._style_extractor", FakeExtractor)
 
 
 def arimg_eval(places: dict[str, str], *arguments: str, code: int = 0) -> Result:
@@ -91,8 +82,8 @@ def fails(places: dict[str, str], *arguments: str) -> str:
 def test_tokenizer(places: dict[str, str]) -> None:
     report = measured(places, "tokenizer", *STATED)
     figures = report["results"]["reconstructions"]
-    assert set(figures) == {"psnr", "psnr_mask", "codes", "usage", "perplexity", "f1", "precision", "recall",
-                            "fd_fake", "kid_fake"}
+    assert set(figures) == {"psnr", "psnr_mask", "ssim", "codes", "usage", "perplexity", "f1", "precision", "recall",
+                            "f1_exact", "fd_fake", "kid_fake"}
     assert 0 < figures["psnr"]["interval"][0] < figures["psnr"]["value"] < figures["psnr"]["interval"][1] < 40
     assert figures["codes"]["value"] == 64 and 0 < figures["usage"]["value"] <= 1
     protocol = report["protocol"]
@@ -114,7 +105,7 @@ def test_control_in_full(places: dict[str, str]) -> None:
             "top half, control end 0.5", "left half, canny alone", "left half, half and half",
             "right half, lineart alone", "right half, half and half", "all held-out originals",
             "samples of another style"} == set(results)
-    assert set(results["samples"]) == {"f1", "precision", "recall", "fd_fake", "kid_fake", "style_accuracy",
+    assert set(results["samples"]) == {"f1", "precision", "recall", "f1_exact", "fd_fake", "kid_fake", "style_accuracy",
                                        "style_accuracy_plain"}
     assert results["strength 1"]["f1"] == results["samples"]["f1"]          # the same pictures, painted again
     assert results["strength 0"]["f1"] != results["samples"]["f1"]
@@ -150,6 +141,20 @@ def test_maps_from_elsewhere(places: dict[str, str]) -> None:
     assert report["results"]["samples"]["f1"]["value"] == pytest.approx(np.mean(per_map))
 
 
+def test_pictures_of_a_folder_with_the_classes_of_its_folders(places: dict[str, str]) -> None:
+    for number in range(6):
+        folder = Path("val") / f"n{number % 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.open(Path(places["PICTURES"]) / f"{number % 5}.png").resize((20, 24)).save(folder / f"{number}.png")
+    report = measured(places, "control", "--model", "MODEL", "--pictures", "val", "-n", "5")
+    assert report["protocol"]["split"] == "folder" and report["protocol"]["reference_pictures"] == 5
+    data = folder_pictures(Path("val"), (SIZE, SIZE), 5, seed=0)
+    assert data.pixels.shape == (5, SIZE, SIZE, 3) and sorted(data.class_names or []) in (
+        ["0", "0", "0", "1", "1"], ["0", "0", "1", "1", "1"])
+    assert folder_pictures(Path("val/n0"), (SIZE, SIZE), 3).class_names is None
+    assert measured(places, "control", "--model", "MODEL", "--pictures", "val/n0", "-n", "3")["results"]
+
+
 def test_a_perfect_painter_scores_one(places: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     """The protocol itself: with the originals in place of the samples nothing is left to wish for."""
     monkeypatch.setattr(control.HeldOutControl, "samples", property(lambda run: run.data.chosen))
@@ -180,7 +185,7 @@ def test_the_real_extractors(extractor_class: type[EffnetLite0Pooled], channels:
     extractor = extractor_class()
     pixels = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
     found = features_of(pixels, extractor, "noise")
-    assert found.features_NC.shape == (3, channels) and found.size == (32, 32)
+    assert found.features.pool_NC.shape == (3, channels) and found.size == (32, 32)
     assert found.extractor == extractor.name and f"{channels} channels" in extractor.layer
     assert len(extractor.describe()["weights_sha256"]) == 64
 
@@ -197,13 +202,15 @@ def test_the_real_extractors(extractor_class: type[EffnetLite0Pooled], channels:
     (("control", *STATED, "-n", "4", "--decoder", "fast"), "unknown decoder 'fast'"),
     (("control", *STATED, "-n", "4", "--cfg", "-1"), "--cfg -1.0"),
     (("control", *STATED, "--class", "a/x"), "--class goes with --maps"),
-    (("control", *STATED, "--maps", "PICTURES", "--sweep"), "go with held-out pictures"),
+    (("control", *STATED, "--maps", "PICTURES", "--sweep"), "go with pictures; leave them or --maps out"),
+    (("control", *STATED, "--pictures", "PICTURES", "--styles"), "--styles goes with the emoji data set"),
+    (("control", *STATED, "--pictures", "PICTURES", "-n", "9"), "holds 5 pictures; give a number from 2 to that"),
     (("control", *STATED, "--maps", "nowhere"), "nowhere: no such folder"),
     (("control", *STATED, "--maps", "DATA"), "no picture in it"),
     (("fid", "PICTURES", "nowhere.npz"), "nowhere.npz: no such file"),
     (("fid", "PICTURES", "DATA"), "no picture in it"),
     (("fid", "PICTURES", "held-out", "--data", "nowhere"), "run `arimg data emoji"),
-    (("fid", "PICTURES", "PICTURES", "--save", "x.txt"), "statistics files end in .npz"),
+    (("fid", "PICTURES", "PICTURES", "--save", "x.txt"), "x.txt: such files end in .npz"),
     (("fid", "PICTURES", "PICTURES", "--save", "no/x.npz"), "does not exist"),
 ])
 def test_mistakes(places: dict[str, str], arguments: tuple[str, ...], message: str) -> None:
@@ -225,8 +232,8 @@ def test_sets_that_do_not_compare(places: dict[str, str]) -> None:
     assert "have sizes 8x8 and 16x16, which do not compare" in line("small", "PICTURES")
     assert "mixed/1.png has 16x16 pixels and 0.png 8x8" in line("mixed", "PICTURES")
     assert "single has 1 picture; a distance" in line("single", "PICTURES")
-    assert "not a statistics file" in line("broken.npz", "PICTURES")
-    assert "not a statistics file" in line("foreign.npz", "PICTURES")
+    assert "broken.npz: not an .npz file, or damaged" in line("broken.npz", "PICTURES")
+    assert "holds neither pictures (arr_0) nor their features (mu)" in line("foreign.npz", "PICTURES")
     arimg_eval(places, "fid", "PICTURES", "PICTURES", "--save", "other.npz")
     with np.load("other.npz") as file:
         other = dict(file)

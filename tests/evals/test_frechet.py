@@ -99,6 +99,6 @@ def test_means_leave_out_pictures_without_a_value() -> None:
 
 
 def test_draws_and_limits() -> None:
-    counts = draws(5, rounds=7)
+    counts = np.stack([*draws(5, rounds=7)])
     assert counts.shape == (7, 5) and (counts.sum(1) == 5).all() and len(np.unique(counts)) > 2
     assert figure(0.1, [0.0, 1.0, 2.0], lowest=0.0).low == 0.0

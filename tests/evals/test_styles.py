@@ -9,6 +9,7 @@ from torch import Tensor
 
 from arimg.data import EmojiSet
 from arimg.errors import InputError
+from arimg.evals.extractors import Features
 from arimg.evals.styles import StyleJudge, style_of
 from arimg.tokenizers.base import Encoded
 
@@ -20,9 +21,9 @@ class Mean:
 
     name, layer = "mean", "halves"
 
-    def __call__(self, pixels_BHW3: np.ndarray) -> np.ndarray:
+    def __call__(self, pixels_BHW3: np.ndarray) -> Features:
         halves = (pixels_BHW3[:, :4], pixels_BHW3[:, 4:])
-        return np.concatenate([half.mean((1, 2)) for half in halves], 1).astype(np.float32)
+        return Features(np.concatenate([half.mean((1, 2)) for half in halves], 1).astype(np.float32))
 
     def describe(self) -> dict[str, str]:
         return {"name": self.name}

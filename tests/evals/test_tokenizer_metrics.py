@@ -40,9 +40,10 @@ def test_masked_psnr_looks_at_what_is_not_white_in_the_original() -> None:
 
 def test_usage_and_perplexity() -> None:
     codes = np.array([[0, 0, 3, 3], [5, 5, 7, 7]])
-    assert usage(codes, 16) == 0.25
-    assert perplexity(codes) == pytest.approx(4)
-    assert perplexity(np.zeros((2, 4), np.int64)) == 1
+    counts = np.bincount(codes.flatten(), minlength=16)
+    assert usage(counts) == 0.25
+    assert perplexity(counts) == pytest.approx(4)
+    assert perplexity(np.array([8, 0])) == 1
 
 
 class Copy:
@@ -60,6 +61,4 @@ class Copy:
 
 def test_reconstruct_goes_in_batches_and_is_exact() -> None:
     pictures = np.random.default_rng(0).integers(0, 256, (19, 4, 4, 3), dtype=np.uint8)
-    found = reconstruct(Copy(), pictures)
-    assert np.array_equal(found.pixels_NHW3, pictures)
-    assert found.codes_NL[:, 0].tolist() == [*range(16), *range(3)]
+    assert np.array_equal(reconstruct(Copy(), pictures), pictures)

@@ -251,7 +251,7 @@ def test_files_that_do_not_belong_together(tmp_path: Path, vq_file: Path) -> Non
     assert "no transformer there" in refusal("llamagen", [vq_file], out)
     assert "no files: no tokenizer there" in refusal("llamagen", [], out)
     assert "a second tokenizer beside" in refusal("llamagen", [vq_file, vq_file], out)
-    assert "neither of tokenizer, transformer, encoder; its keys begin with down.weight" in refusal(
+    assert "neither of student, tokenizer, transformer, encoder; its keys begin with down.weight" in refusal(
         "llamagen", [vq_file, strange], out)
     assert "convert it with --from controlar" in refusal("llamagen", [vq_file, controlled], out)
     assert "LlamaGen has no control encoder" in refusal("llamagen", [vq_file, plain, encoder], out)
@@ -264,8 +264,8 @@ def test_files_that_do_not_belong_together(tmp_path: Path, vq_file: Path) -> Non
 def test_option_errors(tmp_path: Path, vq_file: Path) -> None:
     plain, controlled = (saved(tmp_path / f"{name}.pt", fixture(name)[0]) for name in TRANSFORMERS)
     out, files = tmp_path / "out", [vq_file, plain]
-    assert "unknown kind of original weights 'mar'; known: controlar, llamagen" in refusal(
-        "mar", files, out, kind=UnknownNameError)
+    assert "unknown kind of original weights 'llamgen'; did you mean llamagen" in refusal(
+        "llamgen", files, out, kind=UnknownNameError)
     assert "unknown preset 'XXLL'; did you mean XXL" in refusal(
         "llamagen", files, out, preset="XXLL", kind=UnknownNameError)
     assert "give it with --heads" in refusal("llamagen", files, out)

@@ -49,7 +49,8 @@ class Fixture:
         assert tuple(got.shape) == tuple(want.shape), f"{name}: shape {tuple(got.shape)}, expected {tuple(want.shape)}"
         where = torch.ones_like(want, dtype=torch.bool)
         if "where" in rule:
-            where = self.tensors[rule["where"]].bool().expand_as(want)
+            mask = self.tensors[rule["where"]].bool()           # may lack the last axes
+            where = mask.view(*mask.shape, *(1,) * (want.ndim - mask.ndim)).expand_as(want)
         if "dtype" in rule:
             wanted_dtype = getattr(torch, rule["dtype"])
             assert got.dtype == wanted_dtype, f"{name}: computed in {got.dtype}, expected {wanted_dtype}"

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.parity.fixture import Fixture
-from tests.parity.test_parity import CHECKERS, PENDING, family
+from tests.parity.test_parity import CHECKERS, family
 
 
 def fixture(**rule: object) -> Fixture:
@@ -51,4 +51,4 @@ def test_every_output_must_be_compared() -> None:
 def test_families() -> None:
     assert family("llamagen_gpt_c2i_wide", CHECKERS) == "llamagen_gpt"
     assert family("controlar_t2i", CHECKERS) == "controlar"
-    assert family("llamagen_other", CHECKERS) is None and family("mar_loss", PENDING) is not None
+    assert family("llamagen_other", CHECKERS) is None and family("dd1_other", {"dd1_": "all"}) == "all"

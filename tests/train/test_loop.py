@@ -12,10 +12,13 @@ from arimg.errors import ConfigError, UnknownNameError
 from arimg.models.ar import ARConfig
 from arimg.pipeline import Pipeline
 from arimg.tokenizers.vq import VQConfig
+from arimg.train.checkpointing import list_checkpoints
 from arimg.train.control import ControlObjective, ControlRun
+from arimg.train.data_config import CropConfig, DataConfig
 from arimg.train.launch import load_run, main
-from arimg.train.loop import Trainer, parameter_groups, train
-from arimg.train.run import EmojiData, LoopConfig, OptimConfig
+from arimg.train.loop import Trainer, train
+from arimg.train.optim import parameter_groups
+from arimg.train.run import AdamWConfig, LoopConfig, OptimConfig
 from arimg.train.tokenizer import TokenizerObjective, TokenizerRun
 from tests.train.toy_emoji import write_toy_emoji
 
@@ -30,14 +33,14 @@ def arimg_home(tmp_path, monkeypatch):
 
 
 def tokenizer_run(name):
-    return TokenizerRun(objective="tokenizer", name=name, data=EmojiData(batch_size=2), crop=8, revive_every=2,
+    return TokenizerRun(objective="tokenizer", name=name, data=DataConfig(batch_size=2, crop=CropConfig("window", 8)), revive_every=2,
                         optim=OptimConfig(steps=STEPS, warmup_steps=1), train=LoopConfig(log_steps=1),
                         model=VQConfig(codebook_size=16, codebook_dim=4, base_channels=32, multipliers=(1, 1),
                                        res_blocks=1, z_channels=8))
 
 
 def control_run(name, tokenizer):
-    return ControlRun(objective="control", name=name, tokenizer=str(tokenizer), data=EmojiData(batch_size=2),
+    return ControlRun(objective="control", name=name, tokenizer=str(tokenizer), data=DataConfig(batch_size=2),
                       optim=OptimConfig(steps=STEPS, warmup_steps=1), train=LoopConfig(log_steps=1),
                       model=ARConfig(vocab_size=16, dim=16, layers=3, heads=2, ffn_hidden=32, block_size=64,
                                      num_classes=2, rope_prefix="identity", rope_grid="true", inject_layers=(0, 1, 2),
@@ -101,7 +104,7 @@ def test_an_incomplete_checkpoint_is_not_resumed(arimg_home):
     (config.folder() / ".writing-3").mkdir(parents=True)
     trainer = Trainer(config, TokenizerObjective(config))
     trainer.resume("latest")
-    assert trainer.progress.step == 0
+    assert trainer.step == 0
 
 
 def test_only_the_newest_checkpoints_are_kept():
@@ -110,7 +113,7 @@ def test_only_the_newest_checkpoints_are_kept():
     for _ in range(4):
         trainer.train_step()
         trainer.save()
-    assert [path.name for path in trainer.checkpoints()] == ["checkpoint-3", "checkpoint-4"]
+    assert [path.name for path in list_checkpoints(config.folder())] == ["checkpoint-3", "checkpoint-4"]
 
 
 def test_max_minutes_stops_and_saves():
@@ -121,7 +124,7 @@ def test_max_minutes_stops_and_saves():
 
 def test_parameter_groups_partition_the_parameters():
     network = TokenizerObjective(tokenizer_run("groups")).network
-    decayed, plain = parameter_groups(network, 0.1)
+    decayed, plain = parameter_groups(network, AdamWConfig(weight_decay=0.1))
     assert len(decayed["params"]) + len(plain["params"]) == len(list(network.parameters()))
     assert all(parameter.ndim >= 2 for parameter in decayed["params"]) and plain["weight_decay"] == 0
 
@@ -148,7 +151,7 @@ def test_every_shipped_recipe_parses(pytestconfig):
     ("objective: tokenizer\n", ConfigError, "name: is empty"),
     ("objective: control\nname: x\n", ConfigError, "tokenizer: is empty"),
     ("objective: tokenizer\nname: x\ndecoder_only: true\n", ConfigError, "give init_from=FOLDER"),
-    ("objective: ar\nname: x\ntokenizer: y\ntoken_noise: 1.5\n", ConfigError, "a share of the codes"),
+    ("objective: ar\nname: x\ntokenizer: y\ntoken_noise: 1.5\n", ConfigError, "write numbers from 0 to 1"),
     ("objective: tokenizer\nname: x\noptim: {step: 3}\n", ConfigError, "did you mean optim.steps"),
 ])
 def test_recipe_faults_are_one_line(tmp_path, text, error, message):
@@ -161,7 +164,7 @@ def test_recipe_faults_are_one_line(tmp_path, text, error, message):
 
 def test_launch_keeps_the_resolved_config(tmp_path):
     path = tmp_path / "run.yaml"
-    path.write_text("objective: tokenizer\nname: launched\ncrop: 8\ndata: {batch_size: 2}\noptim: {steps: 1}\nmodel: "
+    path.write_text("objective: tokenizer\nname: launched\ndata: {batch_size: 2, crop: {kind: window, size: 8}}\noptim: {steps: 1}\nmodel: "
                     "{codebook_size: 16, base_channels: 32, multipliers: [1, 1], res_blocks: 1, z_channels: 8}\n")
     folder = main(path, ["optim.lr=1e-3"])
     assert "lr: 0.001" in (folder.parent / "config.yaml").read_text()

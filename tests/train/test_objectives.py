@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from arimg.checkpoints import load_component, save_component
-from arimg.control.adapter import ControlConfig
+from arimg.control.adapter import ControlAdapter, ControlConfig
+from arimg.data import to_images
 from arimg.errors import CheckpointError, ConfigError, UnknownNameError
 from arimg.models.ar import ARConfig
 from arimg.pipeline import Pipeline
@@ -17,8 +18,10 @@ from arimg.tokenizers.vq import VQConfig, VQTokenizer
 from arimg.train.ar import ARObjective, ARRun
 from arimg.train.control import ControlObjective, ControlRun
 from arimg.train.loop import Batches, train
-from arimg.train.run import EmojiData, LoopConfig, OptimConfig
+from arimg.train.data_config import BucketConfig, CropConfig, DataConfig
+from arimg.train.run import LoopConfig, OptimConfig
 from tests.train.toy_emoji import write_toy_emoji
+from tests.train.toy_sources import write_folder
 
 TYPES = ("canny", "softedge", "lineart", "color")
 COUNT = 12          # pictures of the toy set
@@ -45,7 +48,7 @@ def arimg_home(home, monkeypatch):
 
 
 def common(home, name):
-    return {"name": name, "tokenizer": str(home / "tokenizer"), "data": EmojiData(batch_size=8), "model": MODEL,
+    return {"name": name, "tokenizer": str(home / "tokenizer"), "data": DataConfig(batch_size=8), "model": MODEL,
             "optim": OptimConfig(steps=2, warmup_steps=1), "train": LoopConfig(log_steps=1)}
 
 
@@ -63,55 +66,123 @@ def control_run(home, request):
 # Batches
 
 
-def test_a_batch_is_a_function_of_seed_step_and_rank(control_run):
+def test_a_batch_is_a_function_of_seed_step_and_micro(control_run):
     objective, other = ControlObjective(control_run), ControlObjective(control_run)
-    again = other.batch(3, 0, 1)
-    assert all(torch.equal(a, b) for a, b in zip(objective.batch(3, 0, 1), again))
-    for step, rank in ((4, 0), (3, 1)):
-        assert not torch.equal(objective.batch(step, rank, 2)[4], again[4])
+    again = other.batch(3, 0)
+    assert all(torch.equal(a, b) for a, b in zip(objective.batch(3, 0), again))
+    for step, micro in ((4, 0), (3, 1)):
+        assert not torch.equal(objective.batch(step, micro)[4], again[4])
 
 
 def test_samples_carry_the_map_of_their_type_and_of_their_mirror_image(control_run):
     """Colour maps of the toy pictures tell which half a square is in; codes, map and picture must agree."""
     objective = ControlObjective(replace(control_run, control=replace(ADAPTER, types=("color",))))
-    indices = np.array([0, COUNT + 0, 4, COUNT + 4])
-    maps, type_ids, keep = objective.draw_control(indices, np.random.default_rng(0))
-    coloured = (maps < 0.9).any(dim=1)
-    expected = torch.from_numpy((objective.cache.pixels(indices) < 240).any(axis=3))
-    assert (coloured == expected).float().mean() > 0.9
-    assert (coloured[0].flip(1) == expected[1]).float().mean() > 0.9
-    assert type_ids.tolist() == [0] * 4 and keep.dtype == torch.bool
+    feed, tokenizer = objective.feed, objective.cache.tokenizer
+    for index in (0, 4):
+        straight, mirrored = (feed.example(index, np.random.default_rng(0), (16, 16), variant) for variant in (0, 1))
+        assert np.array_equal(straight.pixels_HW3, objective.source.emoji.images[index])
+        assert np.array_equal(mirrored.pixels_HW3, straight.pixels_HW3[:, ::-1])
+        for example in (straight, mirrored):
+            coloured, expected = ((pixels < 240).any(axis=2) for pixels in (example.map_HW3, example.pixels_HW3))
+            assert (coloured == expected).mean() > 0.9
+            codes = tokenizer.encode(to_images(np.stack([example.pixels_HW3]))).codes_BL
+            assert torch.equal(objective.cache.of([example]), codes)
 
 
 def test_every_type_is_drawn_as_often_as_its_weight_says(control_run):
     config = replace(control_run, type_weights={"canny": 3.0, "color": 2.0})
     assert config.type_shares().tolist() == [3 / 7, 1 / 7, 1 / 7, 2 / 7]
     objective = ControlObjective(config)
-    drawn = torch.cat([objective.batch(step, 0, 1)[5] for step in range(25)])
+    drawn = torch.cat([objective.batch(step, 0)[5] for step in range(25)])
     shares = torch.bincount(drawn, minlength=4) / len(drawn)
     assert torch.allclose(shares, torch.tensor(config.type_shares()).float(), atol=0.12)
 
 
-def test_lines_are_dark_grounded_and_colours_are_not(control_run):
-    objective = ControlObjective(control_run)
-    maps, type_ids, keep = objective.held_out_control(objective.held_out[:3].repeat(2))
-    assert type_ids.tolist() == [0, 1, 2, 3, 0, 1] and keep.all()
-    assert [float(map_.median()) for map_ in maps] == [-1, -1, -1, 1, -1, -1]
-    assert torch.equal(maps, objective.held_out_control(objective.held_out[:3].repeat(2))[0]), "the same every time"
+def test_held_out_maps_are_the_same_every_time_and_all_kept(control_run):
+    first, again = (ControlObjective(control_run).held_out_batch for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, again))
+    assert first[4].shape == (3, 3, 16, 16) and first[6].all() and not first[3].any()
 
 
-@pytest.mark.parametrize("flip, expected", [(True, {False, True}), (False, {False})])
+@pytest.mark.parametrize("flip, expected", [(True, {0, 1}), (False, {0})])
 def test_half_of_the_samples_are_flipped_if_asked_for(ar_run, flip, expected):
     objective = ARObjective(replace(ar_run, flip=flip))
-    seen = []
-    get = objective.cache.get
-    objective.cache.get = lambda indices: seen.extend(indices) or get(indices)
-    for step in range(4):
-        codes, _, class_ids, drop = objective.batch(step, 0, 1)
-    assert {bool(index >= COUNT) for index in seen} == expected
-    assert not objective.emoji.held_out[np.array(seen) % COUNT].any()
-    assert torch.equal(class_ids, torch.from_numpy(objective.emoji.labels[np.array(seen[-8:]) % COUNT]))
+    examples = [example for step in range(4) for example in objective.feed.batch(step, 0, (16, 16))]
+    assert {example.variant for example in examples} == expected
+    assert not objective.source.emoji.held_out[[example.index for example in examples]].any()
+    codes, _, class_ids, drop = objective.batch(3, 0)
+    assert class_ids.tolist() == [int(objective.source.labels()[example.index]) for example in examples[-8:]]
     assert codes.shape == (8, 64) and drop.dtype == torch.bool
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_a_dropped_class_takes_its_control_with_it_if_asked_for(control_run, together):
+    config = replace(control_run, model=replace(MODEL, class_dropout=0.5), control_dropout=0.0, drop_together=together)
+    objective = ControlObjective(config)
+    for step in range(3):
+        *_, dropped, _, _, keep = objective.batch(step, 0)
+        assert torch.equal(keep, ~dropped if together else torch.ones_like(dropped))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Other sources
+
+
+def folder_run(control_run, folder, **data):
+    settings = {"source": "folder", "folder": str(folder), "batch_size": 4, "crop": CropConfig("random", 16)}
+    return replace(control_run, data=DataConfig(**settings | data), model=replace(MODEL, num_classes=3),
+                   control=replace(ADAPTER, types=("canny",)), maps="extracted")
+
+
+def test_control_trains_from_a_folder_of_pictures(control_run, tmp_path):
+    folder = train(*(lambda config: (config, ControlObjective(config)))(
+        folder_run(control_run, write_folder(tmp_path / "data"))))
+    pipeline = Pipeline.from_pretrained(folder)
+    assert pipeline.settings.class_names == ("cat", "dog", "emu") and pipeline.settings.size == (16, 16)
+
+
+def test_sizes_are_drawn_for_each_micro_batch_and_the_model_sees_them(control_run, tmp_path):
+    """ControlAR's multi-resolution training (section 3.4), which its published code cannot run."""
+    buckets = BucketConfig(min_side=8, max_side=24, step=4, max_tokens=64)
+    config = replace(folder_run(control_run, write_folder(tmp_path / "data"), buckets=buckets),
+                     train=LoopConfig(accumulation=2))
+    objective, seen = ControlObjective(config), set()
+    for step in range(12):
+        batch = objective.batch(step, step % 2)
+        codes, maps = batch[0], batch[4]
+        height, width = maps.shape[2:]
+        seen.add((height, width))
+        assert codes.shape == (4, height // 2 * (width // 2)) and codes.shape[1] <= 64
+        assert objective.network.grid_of(maps) == (height // 2, width // 2)
+        assert all(torch.equal(a, b) for a, b in zip(batch, objective.batch(step, step % 2)))
+    assert len(seen) > 4 and {height == width for height, width in seen} == {True, False}
+    loss, _ = objective.network(*batch)
+    loss.backward()
+    assert torch.isfinite(loss)
+
+
+def test_buckets_need_maps_and_crops_of_any_shape(control_run, ar_run, tmp_path):
+    config = folder_run(control_run, write_folder(tmp_path / "data"), buckets=BucketConfig(8, 16, 4, 64))
+    with pytest.raises(ConfigError, match="data.buckets: a model learns the size .* use objective: control"):
+        ARObjective(replace(ar_run, data=config.data, model=config.model))
+    with pytest.raises(ConfigError, match="data.crop.kind=ten: makes squares; with data.buckets write random"):
+        ControlObjective(replace(config, data=replace(config.data, crop=CropConfig("ten", 16))))
+
+
+def test_an_encoder_starts_from_pretrained_weights(control_run, tmp_path):
+    from safetensors.torch import save_file
+
+    vit = replace(ADAPTER, kind="vit", image_size=16, types=("canny",))
+    config = replace(control_run, control=vit, encoder_weights=str(tmp_path / "vit.safetensors"))
+    state = {key: torch.randn(tensor.shape, generator=torch.Generator().manual_seed(0))
+             for key, tensor in ControlAdapter(vit).encoder.state_dict().items()}
+    save_file(state, tmp_path / "vit.safetensors")
+    loaded = ControlObjective(config).network.control.encoder.state_dict()
+    assert all(torch.equal(loaded[key], state[key]) for key in state)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Batches ahead
 
 
 def test_batches_are_made_ahead_and_are_the_same():
@@ -139,7 +210,7 @@ def test_the_type_and_the_map_reach_the_loss(control_run):
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
-    codes, read, classes, drop, maps, types, keep = objective.batch(0, 0, 1)
+    codes, read, classes, drop, maps, types, keep = objective.batch(0, 0)
     keep = torch.ones_like(keep)
     with torch.no_grad():
         loss = float(network(codes, read, classes, drop, maps, types, keep)[0])
@@ -169,7 +240,7 @@ def test_the_control_export_takes_every_type(control_run):
     folder = train(control_run, ControlObjective(control_run))
     pipeline = Pipeline.from_pretrained(folder)
     assert pipeline.settings.control_types == TYPES
-    picture = torch.from_numpy(ControlObjective(control_run).emoji.images[0].copy())
+    picture = torch.from_numpy(ControlObjective(control_run).source.emoji.images[0].copy())
     for name in TYPES:
         assert pipeline(control=picture.numpy(), control_type=name, seeds=[1]).images[0].size == (16, 16)
 
@@ -215,7 +286,15 @@ def test_parts_that_do_not_fit(ar_run, control_run, tmp_path):
         ARObjective(replace(ar_run, model=replace(MODEL, vocab_size=32)))
     with pytest.raises(ConfigError, match="num_classes=3: the data set .* has 2; write num_classes: 2"):
         ARObjective(replace(ar_run, model=replace(MODEL, num_classes=3)))
-    with pytest.raises(ConfigError, match="model.conditioning=text"):
-        replace(ar_run, model=replace(MODEL, conditioning="text"))
+    with pytest.raises(ConfigError, match="text_encoder: is empty"):
+        ARObjective(replace(ar_run, model=replace(MODEL, conditioning="text")))
+    with pytest.raises(ConfigError, match="control.stride=4: the tokenizer .* has 2 pixels per token"):
+        ControlObjective(replace(control_run, control=replace(ADAPTER, stride=4, patch=4)))
+    with pytest.raises(ConfigError, match="data.crop: kind=ten.*leave data.crop out"):
+        ARObjective(replace(ar_run, data=DataConfig(crop=CropConfig("ten", 16))))
+    with pytest.raises(ConfigError, match="this encoder scales maps"):
+        replace(control_run, control=replace(ADAPTER, patch=4))
+    with pytest.raises(UnknownNameError, match="unknown maps 'extract'; did you mean extracted"):
+        replace(control_run, maps="extract")
     with pytest.raises(CheckpointError, match="transformer"):
         ControlObjective(replace(control_run, init_from=str(tmp_path)))

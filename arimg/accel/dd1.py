@@ -1,0 +1,178 @@
+"""Distilled Decoding 1 (Liu et al. 2024, arXiv:2412.17153): a whole picture in one pass of a student, or in a few.
+
+A pass at timestep t takes the first t *units* (tokens of a raster, scales of a pyramid) as they stand and tells what
+the noise of all later ones flows into. Every pass starts from the same noise.
+
+Letters: B images; L tokens, of all scales; C latent channels; V codes; U units.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from arimg.accel.base import DecodeRequest, DecodeResult, DecodeStats, Guarantee, OnStep, StepInfo
+from arimg.accel.scale import scale_ends, scale_laws
+from arimg.accel.target import Target
+from arimg.errors import InputError
+from arimg.models.base import Condition, order_of
+from arimg.noise import Purpose
+from arimg.tokenizers.base import TokenSpace
+
+
+class Student(Protocol):
+    """A network that maps noise to tokens (models/students.py)."""
+
+    def __call__(self, latents_BLC: Tensor, clean_B: Tensor, condition: Condition, grid: tuple[int, int],
+                 inject_KBLD: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """logits_BLV and latents_BLC."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Which passes to make (section 3.3 and appendix of the paper). Raises InputError."""
+
+    timesteps: tuple[int, ...] = (0,)           # clean units of each pass of the student
+    split: int | None = None                    # units from here on stay latents, earlier ones become codes; None = all
+    teacher: tuple[int, int] | None = None      # units [a, b) are drawn by the teacher, before the pass at timestep b
+
+    def __post_init__(self) -> None:
+        if not self.timesteps or self.timesteps[0] < 0 or any(t >= s for t, s in pairwise(self.timesteps)):
+            raise InputError(f"timesteps {list(self.timesteps)}: give numbers of clean units that grow, such as 0, 5")
+        if self.split is not None and self.split < 0:
+            raise InputError(f"split {self.split}: needs a number of units >= 0")
+        first, stop = self.teacher or (0, self.timesteps[0])
+        if not 0 <= first <= stop or stop not in self.timesteps:
+            raise InputError(f"teacher units {first}:{stop}: needs first <= stop, and a pass at timestep {stop}")
+        if first > 0 and stop == self.timesteps[0] or self.timesteps[0] > 0 and self.teacher is None:
+            raise InputError(f"timesteps {list(self.timesteps)}, teacher {self.teacher}: nothing paints the units that "
+                             "the first pass takes as clean; begin with timestep 0 or teacher units from 0")
+
+
+SCHEDULES = {       # as released, by student; the teacher's own law has cfg 2, and top-p 0.95 (VAR) or top-k 8000
+    "var-d16": Schedule((0, 5), 5), "var-d20": Schedule((0, 4), 4), "var-d24": Schedule((0, 4), 4),
+    "llamagen-B": Schedule((0, 80), 80), "llamagen-L": Schedule((0, 80), 130),
+    "var-teacher-5-6": Schedule((0, 5), 5, teacher=(4, 5)), "var-teacher-4-6": Schedule((0, 5), 8, teacher=(3, 5)),
+    "var-teacher-1-6": Schedule((5,), 9, teacher=(0, 5)),
+    "llamagen-teacher-61-81": Schedule((0, 80), 180, teacher=(60, 80)),
+    "llamagen-teacher-41-81": Schedule((0, 80), 180, teacher=(40, 80)),
+    "llamagen-teacher-1-81": Schedule((80,), 220, teacher=(0, 80)),
+}
+
+
+def unit_ends(request: DecodeRequest) -> tuple[int, ...]:
+    """U+1 numbers: how many tokens the first u units hold."""
+    if request.space is None or request.space.scales is None:
+        return tuple(range(request.length + 1))
+    return scale_ends(request.space.scales)
+
+
+def student_pass(student: Student, tokens_BLC: Tensor, noise_BLC: Tensor, clean: int, split: int,
+                 request: DecodeRequest, codebook_VC: Tensor) -> Tensor:
+    """tokens_BLC after one pass: the first `clean` tokens as they are; then, up to `split`, the code vector of the
+    largest logit; then latents as they come, which no codebook holds."""
+    positions_L1 = torch.arange(tokens_BLC.shape[1], device=tokens_BLC.device)[:, None]
+    input_BLC = torch.where(positions_L1 < clean, tokens_BLC, noise_BLC)
+    clean_B = torch.full((len(input_BLC),), clean, device=input_BLC.device)
+    logits_BLV, latents_BLC = student(input_BLC, clean_B, request.condition, request.grid, request.inject_KBLD)
+    painted_BLC = torch.where(positions_L1 < split, codebook_VC[logits_BLV.argmax(-1)].to(latents_BLC.dtype),
+                              latents_BLC)
+    return torch.where(positions_L1 < clean, input_BLC, painted_BLC)
+
+
+class Dd1:
+    """Decodes with a student: one pass, or those of a schedule. Codes are those nearest to the latents it ends with."""
+
+    guarantee: Guarantee = "none"
+
+    def __init__(self, student: Student, schedule: Schedule = Schedule()) -> None:
+        self.student = student
+        self.schedule = schedule
+        self.order = order_of(student)
+
+    @torch.no_grad()
+    def decode(self, target: Target, request: DecodeRequest, on_step: OnStep | None = None) -> DecodeResult:
+        """codes_BL and latents_BLC. `target` is asked only where the schedule names teacher units.
+
+        Raises InputError without a codebook, with forced codes, and on timesteps that the picture does not have.
+        """
+        space = checked_space(request)
+        ends = unit_ends(request)
+        self._check(len(ends) - 1)
+        noise_BLC = starting_noise(request)
+        split = ends[-1] if self.schedule.split is None else ends[min(self.schedule.split, len(ends) - 1)]
+        tokens_BLC, passes = noise_BLC, 0
+        for timestep in self.schedule.timesteps:
+            if self.schedule.teacher is not None and self.schedule.teacher[1] == timestep:
+                first, stop = self.schedule.teacher
+                tokens_BLC = resampled(target, tokens_BLC, ends, first, stop)
+                passes += target.forward_passes
+            tokens_BLC = student_pass(self.student, tokens_BLC, noise_BLC, ends[timestep], split, request,
+                                      space.codebook_VC)
+            passes += 1
+            codes_BL = space.nearest(tokens_BLC)
+            if on_step is not None:
+                on_step(StepInfo(passes, codes_BL.numel(), codes_BL.numel(), codes_BL))
+        stats = DecodeStats(passes, extra={"student_passes": len(self.schedule.timesteps)})
+        return DecodeResult(stats, codes_BL, tokens_BLC)
+
+    def _check(self, units: int) -> None:
+        last = self.schedule.timesteps[-1]
+        if last >= units:
+            raise InputError(f"timestep {last}: this picture has {units} units, so the last pass may begin at "
+                             f"{units - 1}; choose a schedule for pictures of this size")
+
+
+def resampled(target: Target, tokens_BLC: Tensor, ends: tuple[int, ...], first: int, stop: int) -> Tensor:
+    """tokens_BLC with units first .. stop-1 drawn anew by the teacher, one pass each; it reads, and so they become, the
+    code vectors nearest to those before. The prefix of a pyramid is read block-causally, as its scales were made one
+    after the other (the released sampler lets early scales see later ones).
+    """
+    space = target.request.space
+    assert space is not None
+    codes_BL = space.nearest(tokens_BLC)
+    vectors_BLC = space.codebook_VC[codes_BL]
+    positions_BL = torch.arange(codes_BL.shape[1], device=codes_BL.device).expand_as(codes_BL)
+    if space.scales is None:
+        laws = raster_laws(target, codes_BL, first)
+    else:
+        laws = scale_laws(target, space, vectors_BLC, first)
+    for unit, p_BWV in laws:
+        here = slice(ends[unit], ends[unit + 1])
+        codes_BL[:, here] = target.draw(p_BWV, positions_BL[:, here])
+        vectors_BLC[:, here] = space.codebook_VC[codes_BL[:, here]]
+        if unit + 1 == stop:
+            break
+    return torch.where(positions_BL[..., None] < ends[stop], vectors_BLC.to(tokens_BLC.dtype), tokens_BLC)
+
+
+def raster_laws(target: Target, codes_BL: Tensor, first: int) -> Iterator[tuple[int, Tensor]]:
+    """Yields (j, p_B1V), the laws of tokens j = first, first+1, ...; the codes before j must be in codes_BL by then."""
+    positions_BL = torch.arange(codes_BL.shape[1], device=codes_BL.device).expand_as(codes_BL)
+    p_BWV, read = target.start(), slice(0, first)
+    for position in range(first, codes_BL.shape[1]):
+        if position > 0:
+            p_BWV = target.step(codes_BL[:, read], positions_BL[:, read], reached=read.start)
+        yield position, p_BWV[:, -1:]
+        read = slice(position, position + 1)
+
+
+def starting_noise(request: DecodeRequest) -> Tensor:
+    """noise_BLC, float32: what the tokens of each image's seed start from."""
+    assert request.space is not None
+    positions_BL = torch.arange(request.length, device=request.seeds_B.device).expand(len(request.seeds_B), -1)
+    return request.noise.normal(request.seeds_B, positions_BL, request.space.codebook_VC.shape[-1], Purpose.FLOW)
+
+
+def checked_space(request: DecodeRequest) -> TokenSpace:
+    if request.space is None:
+        raise InputError("this decoder turns noise into code vectors, and this tokenizer has no codebook; use another")
+    if request.forced_BL is not None:
+        raise InputError("forced codes: a student paints every token at once and takes none; use jacobi, or leave "
+                         "them out")
+    return request.space

@@ -1,0 +1,207 @@
+"""The probability flow between Gaussian noise and a codebook, in closed form: the map from noise to codes of Distilled
+Decoding 1 (Liu et al. 2024, arXiv:2412.17153, section 3) and the conditional score of Distilled Decoding 2 (Liu et al.
+2025, arXiv:2510.21003, section 3).
+
+A token q is the code vector c_j with probability p_j. Noised, x_t = (1 - t) q + t eps: Gaussian at t = 1, a code vector
+at t = 0. With y = x / t and sigma = (1 - t) / t the posterior of the code given x_t is
+
+    w_j = softmax_j(log p_j + sigma y.c_j - sigma^2 |c_j|^2 / 2),
+
+which equals softmax_j(log p_j - |x - (1-t) c_j|^2 / (2 t^2)) without its division by t^2. A filtered code has log p_j =
+-inf; at least one code of each token must not.
+
+Letters: N tokens (in the functions of a point: any leading axes); V codes; C latent channels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from arimg.errors import InputError
+from arimg.models.layers import at_least_float32
+from arimg.noise import CounterNoise, Purpose
+
+DECIDED = 1 - 1e-6          # a token whose posterior is this sure of a code ends there
+_ENTRIES = 2 ** 22          # of posterior weights at a time, so that memory stays bounded at any N
+
+
+def posterior_logits(x_NC: Tensor, t_N1: Tensor | float, log_p_NV: Tensor, codebook_VC: Tensor) -> Tensor:
+    """The logits of w_NV above; t in (0, 1]."""
+    sigma_N1 = (1 - t_N1) / t_N1
+    return log_p_NV + sigma_N1 * (x_NC / t_N1 @ codebook_VC.T) - sigma_N1 ** 2 * (codebook_VC.square().sum(-1) / 2)
+
+
+def posterior(x_NC: Tensor, t_N1: Tensor | float, log_p_NV: Tensor, codebook_VC: Tensor) -> Tensor:
+    """w_NV, the probability of each code given x_t."""
+    return posterior_logits(x_NC, t_N1, log_p_NV, codebook_VC).softmax(-1)
+
+
+def posterior_mean(x_NC: Tensor, t_N1: Tensor, log_p_NV: Tensor, codebook_VC: Tensor) -> Tensor:
+    """m_NC = E[q | x_t] = sum_j w_j c_j, differentiable in x alone."""
+    return _PosteriorMean.apply(x_NC, t_N1, log_p_NV, codebook_VC)
+
+
+class _PosteriorMean(torch.autograd.Function):
+    """dm/dx = (1 - t) / t^2 * Cov_w[c]. The weights, the only large tensor, are made some rows at a time in both
+    directions and never kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x_NC: Tensor, t_N1: Tensor, log_p_NV: Tensor, codebook_VC: Tensor) -> Tensor:
+        ctx.save_for_backward(x_NC, t_N1, log_p_NV, codebook_VC)
+        return torch.cat([posterior(x, t, log_p, codebook_VC) @ codebook_VC
+                          for x, t, log_p in _chunks(x_NC, t_N1, log_p_NV)]).view_as(x_NC)
+
+    @staticmethod
+    def backward(ctx: Any, grad_NC: Tensor) -> tuple[Tensor, None, None, None]:
+        x_NC, t_N1, log_p_NV, codebook_VC = ctx.saved_tensors
+        parts = []
+        for x, t, log_p, grad in _chunks(x_NC, t_N1, log_p_NV, grad_NC):
+            w_NV, along_NV = posterior(x, t, log_p, codebook_VC), grad @ codebook_VC.T
+            centred_NV = along_NV - (w_NV * along_NV).sum(-1, keepdim=True)
+            parts.append((1 - t) / t ** 2 * (w_NV * centred_NV @ codebook_VC))
+        return torch.cat(parts).view_as(x_NC), None, None, None
+
+
+def _chunks(x_NC: Tensor, t_N1: Tensor, log_p_NV: Tensor, *more_NC: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The same rows of each, a few at a time."""
+    t_N1 = t_N1.expand(*x_NC.shape[:-1], 1)
+    size = _rows(log_p_NV.shape[-1])
+    return zip(*(one.flatten(0, -2).split(size) for one in (x_NC, t_N1, log_p_NV, *more_NC)))
+
+
+def velocity(x_NC: Tensor, t_N1: Tensor, log_p_NV: Tensor, codebook_VC: Tensor) -> Tensor:
+    """dx/dt = (x - m) / t."""
+    return (x_NC - posterior_mean(x_NC, t_N1, log_p_NV, codebook_VC)) / t_N1
+
+
+def score(x_NC: Tensor, t_N1: Tensor, log_p_NV: Tensor, codebook_VC: Tensor) -> Tensor:
+    """grad_x log p_t(x) = -(x - (1 - t) m) / t^2 (DD2, eq. of the teacher's conditional score)."""
+    return -(x_NC - (1 - t_N1) * posterior_mean(x_NC, t_N1, log_p_NV, codebook_VC)) / t_N1 ** 2
+
+
+def score_of_velocity(velocity_NC: Tensor, x_NC: Tensor, t_N1: Tensor) -> Tensor:
+    """The score of a flow with this velocity: s = -(x + (1 - t) v) / t."""
+    return -(x_NC + (1 - t_N1) * velocity_NC) / t_N1
+
+
+def log_density(x_NC: Tensor, t_N1: Tensor, log_p_NV: Tensor, codebook_VC: Tensor) -> Tensor:
+    """log p_t(x), shape N: the mixture of the Gaussians N((1 - t) c_j, t^2) with weights p_j."""
+    mixture_N = posterior_logits(x_NC, t_N1, log_p_NV, codebook_VC).logsumexp(-1)
+    constant_N = x_NC.shape[-1] * (t_N1[..., 0].log() + math.log(2 * math.pi) / 2)
+    return mixture_N - (x_NC / t_N1).square().sum(-1) / 2 - constant_N
+
+
+def _mean(x_NC: Tensor, t_N1: Tensor | float, log_p_NV: Tensor, codebook_VC: Tensor) -> Tensor:
+    return posterior(x_NC, t_N1, log_p_NV, codebook_VC) @ codebook_VC
+
+
+def _rows(vocab: int) -> int:
+    return max(1, _ENTRIES // vocab)
+
+
+@dataclass(frozen=True)
+class FlowSolver:
+    """How the flow is followed from t = 1 to 0, in equal steps. Raises InputError.
+
+    Heun's rule (the trapezoid; its last step is Euler's, as t = 0 is singular) reproduces the law in 50 steps, where
+    Euler's needs some hundreds (docs/distilled.md).
+    """
+
+    steps: int = 50
+    method: str = "heun"        # heun | euler
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise InputError(f"flow solver with {self.steps} steps: needs at least 1")
+        if self.method not in ("heun", "euler"):
+            raise InputError(f"flow solver {self.method!r}: choose heun or euler")
+
+    @property
+    def times(self) -> list[float]:
+        """1 = t_0 > ... > t_K = 0."""
+        return [1 - k / self.steps for k in range(self.steps + 1)]
+
+    def step(self, x_NC: Tensor, t: float, s: float, mean_NC: Tensor, log_p_NV: Tensor, codebook_VC: Tensor) -> Tensor:
+        """x_s from x_t and its posterior mean. Euler: x_s = (s/t) x_t + (1 - s/t) m, so that x_0 = m."""
+        if s == 0:
+            return mean_NC
+        v_NC = (x_NC - mean_NC) / t
+        ahead_NC = x_NC + (s - t) * v_NC
+        if self.method == "euler":
+            return ahead_NC
+        v_ahead_NC = (ahead_NC - _mean(ahead_NC, s, log_p_NV, codebook_VC)) / s
+        return x_NC + (s - t) / 2 * (v_NC + v_ahead_NC)
+
+    def trajectory(self, noise_NC: Tensor, log_p_NV: Tensor, codebook_VC: Tensor,
+                   times: Sequence[float] | None = None) -> Iterator[Tensor]:
+        """Yields x_NC at each of `times` (None = its own), the noise first."""
+        x_NC = noise_NC
+        yield x_NC
+        for t, s in pairwise(self.times if times is None else times):
+            x_NC = self.step(x_NC, t, s, _mean(x_NC, t, log_p_NV, codebook_VC), log_p_NV, codebook_VC)
+            yield x_NC
+
+    def codes(self, noise_NC: Tensor, log_p_NV: Tensor, codebook_VC: Tensor) -> Tensor:
+        """int64 codes_N that the noise flows into. Gaussian noise gives codes of law p.
+
+        Computed in log p's precision, at least float32. A token is done as soon as its posterior is certain (DECIDED),
+        so its code does not depend on its neighbours.
+        """
+        log_p_NV = at_least_float32(log_p_NV)
+        noise_NC, codebook_VC = noise_NC.to(log_p_NV.dtype), codebook_VC.to(log_p_NV.dtype)
+        size = _rows(len(codebook_VC))
+        return torch.cat([self._codes(noise, log_p, codebook_VC)
+                          for noise, log_p in zip(noise_NC.split(size), log_p_NV.split(size))])
+
+    def _codes(self, x_NC: Tensor, log_p_NV: Tensor, codebook_VC: Tensor) -> Tensor:
+        codes_N = torch.zeros(len(x_NC), dtype=torch.int64, device=x_NC.device)
+        open_M = torch.arange(len(x_NC), device=x_NC.device)            # M <= N tokens are not certain yet
+        for t, s in pairwise(self.times):
+            w_MV = posterior(x_NC, t, log_p_NV, codebook_VC)
+            mean_MC = w_MV @ codebook_VC
+            if s == 0:
+                codes_N[open_M] = nearest(mean_MC, codebook_VC)
+                break
+            certainty_M, codes_N[open_M] = w_MV.max(-1)
+            going_M = certainty_M < DECIDED
+            if not going_M.all():
+                open_M, x_NC, mean_MC, log_p_NV = (one[going_M] for one in (open_M, x_NC, mean_MC, log_p_NV))
+            if not len(open_M):
+                break
+            x_NC = self.step(x_NC, t, s, mean_MC, log_p_NV, codebook_VC)
+        return codes_N
+
+
+def nearest(x_NC: Tensor, codebook_VC: Tensor) -> Tensor:
+    """int64 codes_N of the nearest code vectors."""
+    return (x_NC @ codebook_VC.T - codebook_VC.square().sum(-1) / 2).argmax(-1)
+
+
+@dataclass(frozen=True)
+class FlowNoise(CounterNoise):
+    """The random source whose draw of a code is what the position's own Gaussian noise flows into, as in DD1's pairs.
+
+    Draws of other purposes than a code are the parent's.
+    """
+
+    codebook_VC: Tensor = field(kw_only=True)
+    solver: FlowSolver = FlowSolver()
+
+    def latents(self, seeds_B: Tensor, positions_BW: Tensor) -> Tensor:
+        """noise_BWC, float32: what the flow starts from, and what a student reads."""
+        return self.normal(seeds_B, positions_BW, self.codebook_VC.shape[-1], Purpose.FLOW)
+
+    def categorical(self, p_BWV: Tensor, seeds_B: Tensor, positions_BW: Tensor, purpose: Purpose = Purpose.SAMPLE,
+                    draw: int = 0) -> Tensor:
+        """codes_BW of law p_BWV; equal keys share their noise across laws."""
+        if purpose != Purpose.SAMPLE:
+            return super().categorical(p_BWV, seeds_B, positions_BW, purpose, draw)
+        noise_NC = self.latents(seeds_B, positions_BW).flatten(0, 1)
+        return self.solver.codes(noise_NC, p_BWV.log().flatten(0, 1), self.codebook_VC).view(positions_BW.shape)

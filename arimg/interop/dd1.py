@@ -1,0 +1,60 @@
+"""The released students of Distilled Decoding 1 (microsoft/distilled_decoding) as ours: dict in, dict out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from arimg.errors import CheckpointError
+from arimg.interop.llamagen import ar_config_from_llamagen, infer_ar_config
+from arimg.interop.var import infer_var_config, transformer_from_var, var_config_from_release
+
+_STUDENT = ("n_d_embed.", "layerwise_n_d_embed.", "final_layer_conti.")     # beside the teacher's own keys
+
+
+def is_student(state: Mapping[str, Tensor]) -> bool:
+    """Whether these are the keys of a student, of LlamaGen or VAR."""
+    return "n_d_embed.weight" in state
+
+
+def student_from_dd(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict of an ARStudent or a VARStudent."""
+    return {key if key.startswith(_STUDENT) else f"backbone.{key}": tensor
+            for key, tensor in transformer_from_var(state).items()}
+
+
+def ar_student_config_from_dd(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword arguments for ARStudentConfig from the original's arguments. Raises CheckpointError."""
+    teacher = {name: value for name, value in config.items() if name != "codebook_dim"}
+    return {**ar_config_from_llamagen(teacher), "latent_dim": config["codebook_dim"]}
+
+
+def infer_ar_student_config(state: Mapping[str, Tensor], heads: int | None = None) -> dict[str, Any]:
+    """Keyword arguments for ARStudentConfig that the shapes tell; see `infer_ar_config`. Raises CheckpointError."""
+    if "output.weight" not in state:
+        raise CheckpointError("student weights: output.weight is missing, so the sizes cannot be read; "
+                              "give a complete file of LlamaGen-DD")
+    teacher = infer_ar_config({**state, "tok_embeddings.weight": state["output.weight"]}, heads)
+    return {**teacher, "latent_dim": state["tok_embeddings.weight"].shape[1]}
+
+
+def var_student_config_from_dd(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword arguments for the VARConfig of a VARStudent from the original's arguments. Raises CheckpointError."""
+    known = {name: value for name, value in config.items() if name not in ("note", "layerwise_n_d_embed")}
+    if not config.get("layerwise_n_d_embed", True):
+        raise CheckpointError("a student without layerwise_n_d_embed: no published one is so; give a published file")
+    return var_config_from_release(known)
+
+
+def infer_var_student_config(state: Mapping[str, Tensor], heads: int | None = None) -> dict[str, Any]:
+    """The same read off the shapes, without the scale that a student has before the teacher's. Raises CheckpointError,
+    see `infer_var_config`."""
+    teacher = dict(state)
+    for name, axis in (("lvl_embed.weight", 0), ("pos_1LC", 1), ("lvl_1L", 1)):
+        if name in teacher:
+            teacher[name] = teacher[name].narrow(axis, 1, max(0, teacher[name].shape[axis] - 1))
+    if "lvl_1L" in teacher:
+        teacher["lvl_1L"] = teacher["lvl_1L"] - 1
+    return infer_var_config(teacher, heads)

@@ -1,0 +1,141 @@
+"""Recipes at toy size: the widths, depths, batches, picture sizes and lengths of a YAML file are made small, and its
+data, tokenizer and text encoder are toys; all else stays as it is written.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from arimg.checkpoints import save_component
+from arimg.config import from_dict, read_values
+from arimg.control.base import AsIs, get_type
+from arimg.registry import CONTROLS, OBJECTIVES
+from arimg.tokenizers.multiscale import MultiscaleConfig, MultiscaleTokenizer
+from arimg.tokenizers.vq import VQConfig, VQTokenizer
+from arimg.train.jobs import MapsJob, CodesJob, Part
+from tests.toy import toy_text_encoder
+from tests.train.toy_emoji import write_toy_emoji
+from tests.train.toy_sources import write_shards
+
+CODES, TEXT, SIDE = 16, 12, 4       # codebook, width of captions, tokens per side
+DIM, LAYERS = 32, 3
+SCALES = [[1, 1], [2, 2], [4, 4]]
+STRIDES = {"emoji": 8, "shards": 16, "folder": 16}
+EMOJI_SIZE = SIDE * STRIDES["emoji"]
+
+
+def write_toys(root: Path) -> Path:
+    """$ARIMG_HOME of toy recipes: data, tokenizers, a text encoder."""
+    write_toy_emoji(root / "data" / "emoji-128", size=EMOJI_SIZE)
+    write_shards(root / "shards", shards=2)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for stride in set(STRIDES.values()):
+            config = VQConfig(codebook_size=CODES, codebook_dim=8, base_channels=32, multipliers=(1, 1), res_blocks=1,
+                              z_channels=8, patch_size=stride // 2)
+            save_component(VQTokenizer(config), root / f"vq-{stride}")
+        scales = tuple((height, width) for height, width in SCALES)
+        network: nn.Module = MultiscaleTokenizer(MultiscaleConfig(
+            codebook_size=CODES, codebook_dim=8, base_channels=32, multipliers=(1,) * 5, res_blocks=1, scales=scales,
+            phis=2))
+        save_component(network, root / "multiscale-16")
+    text = toy_text_encoder(TEXT)
+    text.model.save_pretrained(root / "t5")
+    text.tokenizer.save_pretrained(root / "t5")
+    return root
+
+
+def shrink(path: Path, root: Path) -> Any:
+    """The run of a recipe at toy size. What it says is first built as it stands, with toy paths."""
+    values = read_values(path)
+    data, model = values.setdefault("data", {}), values.setdefault("model", {})
+    source = data.get("source", "emoji")
+    values |= {"name": f"toy-{path.stem}", "init_from": ""}
+    if source != "emoji":
+        data |= {"source": "shards", "folder": str(root / "shards"), "validation": ""}
+    _fill_paths(values, root, STRIDES[source])
+    config_class = OBJECTIVES.load(values["objective"]).config_class
+    from_dict(config_class, values)
+    data["batch_size"], values["optim"]["steps"] = 2, 1
+    values.setdefault("train", {}).update(compile=False, sharding="none", threads=1)
+    _shrink_pictures(data, source)
+    if values["objective"] == "tokenizer":
+        _shrink_tokenizer(values, root, source)
+    else:
+        _shrink_model(model, source)
+        _shrink_control(values)
+    if values.get("maps") == "cached":
+        data["cache"] = str(root / "caches" / path.stem)
+    return from_dict(config_class, values)
+
+
+def _fill_paths(values: dict[str, Any], root: Path, stride: int) -> None:
+    """What a recipe leaves to its user."""
+    if "scales" in values["model"]:
+        values["tokenizer"] = str(root / "multiscale-16")
+    elif values["objective"] != "tokenizer":
+        values["tokenizer"] = str(root / f"vq-{stride}")
+    if values["model"].get("conditioning") == "text":
+        values["text_encoder"] = str(root / "t5")
+    if values.get("decoder_only"):
+        values["init_from"] = str(root / "first")
+
+
+def _shrink_pictures(data: dict[str, Any], source: str) -> None:
+    side = SIDE * STRIDES[source]
+    if "crop" in data:
+        data["crop"]["size"] = side
+    if "buckets" in data:
+        data["buckets"] |= {"min_side": side // 2, "max_side": side, "max_tokens": SIDE * SIDE // 2}
+    data["workers"] = 2
+
+
+def _shrink_tokenizer(values: dict[str, Any], root: Path, source: str) -> None:
+    model = values["model"]
+    model |= {"codebook_size": CODES, "base_channels": 32, "z_channels": 8, "res_blocks": 1}
+    if source == "emoji":
+        values["data"]["crop"]["size"] = EMOJI_SIZE
+    if values.get("decoder_only"):
+        shutil.rmtree(root / "first", ignore_errors=True)
+        save_component(VQTokenizer(from_dict(VQConfig, model)), root / "first")
+    if values["loss"].get("perceptual"):
+        values["loss"]["perceptual"] = 0.0          # its weights do not ship with the package
+    values["loss"]["start_step"] = 0                # the one step has an adversary, if the recipe has
+
+
+def _shrink_model(model: dict[str, Any], source: str) -> None:
+    model |= {"vocab_size": CODES, "dim": DIM, "layers": LAYERS, "heads": 2, "num_classes": 2 + (source != "emoji")}
+    if "scales" in model:
+        model |= {"scales": SCALES, "codebook_dim": 8}
+    else:
+        model["ffn_hidden"] = 48
+    if model.get("conditioning") == "text":
+        model |= {"caption_dim": TEXT, "caption_length": 6}
+    if "inject_layers" in model:
+        model["inject_layers"] = [0, 1, 2]
+
+
+def _shrink_control(values: dict[str, Any]) -> None:
+    if "control" in values:
+        values["control"] |= {"embed_dim": 16, "depth": 1, "heads": 2, "ffn_hidden": 32, "dim": DIM}
+
+
+def fake_extractors(setitem: Any) -> None:
+    """Extractors whose weights do not ship with the package: the picture itself stands in for its map."""
+    for name in ("hed", "lineart", "depth", "seg"):
+        kind = get_type(name)
+        globals()[f"_Fake_{name}"] = type(f"_Fake_{name}", (AsIs,), {"type": kind})
+        setitem(CONTROLS.entries, name, f"{__name__}:_Fake_{name}")
+
+
+def fill_caches(config: Any) -> None:
+    """Make what a recipe wants to find ready."""
+    if getattr(config, "maps", "") == "cached":
+        CodesJob(config).run(Part())
+        for name in config.control.types:
+            MapsJob(config, name).run(Part())

@@ -1,0 +1,138 @@
+"""Toy runs of every objective, in processes of their own that can be killed.
+
+The processes are forked from a server that has imported everything, so that a run starts within a fraction of a second.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import Any
+
+from safetensors.numpy import load_file
+
+from tests.train.toy_emoji import write_toy_emoji
+
+STEPS, EVERY = 12, 3
+PATIENCE = 240      # seconds that any wait may take on a busy machine
+_COMMON = f"""
+seed: 3
+optim: {{steps: {STEPS}, warmup_steps: 2, lr: 2.0e-3}}
+train: {{log_steps: 1, save_steps: {EVERY}, validate_steps: 4, threads: 1, ema_decay: 0.9, log_data: true}}
+"""
+_TOKENIZER = """
+objective: tokenizer
+revive_every: 3
+data: {batch_size: 2, crop: {kind: window, size: 24}}
+model: {codebook_size: 16, codebook_dim: 4, base_channels: 32, multipliers: [1, 1, 1], res_blocks: 1, z_channels: 8}
+"""
+_MODEL = """
+data: {batch_size: 2}
+model: {vocab_size: 16, dim: 16, layers: 2, heads: 2, ffn_hidden: 32, block_size: 64, num_classes: 2,
+        rope_prefix: identity, rope_grid: 'true', inject_layers: [0, 1], codebook_dim: 4}       # with its dropout
+"""
+RECIPES = {
+    "tokenizer": _TOKENIZER,
+    "adversary": f"{_TOKENIZER}loss: {{l1: 1.0, l2: 1.0, perceptual: 0.0, adversarial: 0.5, start_step: 2}}\n",
+    "ar": f"objective: ar\n{_MODEL}",
+    "control": f"""objective: control
+{_MODEL}
+control: {{embed_dim: 8, depth: 1, heads: 2, ffn_hidden: 16, patch: 4, stride: 4, dim: 16, points: 2,
+          types: [canny, softedge, lineart, color]}}
+""",
+}
+
+_PROCESSES = multiprocessing.get_context("forkserver")
+_PROCESSES.set_forkserver_preload(["arimg.train.loop", "arimg.train.control", "arimg.train.tokenizer",
+                                   "diffusers.optimization", "diffusers.training_utils", "tests.train.toy_runs"])
+
+
+def write_home(root: Path) -> Path:
+    """A data set and the recipes, as $ARIMG_HOME of the runs below."""
+    write_toy_emoji(root / "data" / "emoji-128", size=32)
+    for name, text in RECIPES.items():
+        (root / f"{name}.yaml").write_text(text + _COMMON)
+    return root
+
+
+def run(home: Path, objective: str, name: str, *overrides: str, world: int = 1, resume: str = "latest") -> None:
+    """Train to the end."""
+    codes = finish(start(home, objective, name, *overrides, world=world, resume=resume))
+    assert codes == [0] * world, (home / "runs" / f"{name}.txt").read_text()[-3000:]
+
+
+def make_tokenizer(home: Path) -> None:
+    """The tokenizer that the other objectives take their codes from."""
+    run(home, "tokenizer", "first", "optim.steps=1")
+
+
+def start(home: Path, objective: str, name: str, *overrides: str, world: int = 1,
+          resume: str = "latest") -> list[ForkServerProcess]:
+    """The processes of a run, under way."""
+    if objective in ("ar", "control"):
+        overrides = (f"tokenizer={home / 'runs' / 'first' / 'export' / 'tokenizer'}", *overrides)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    arguments = (home, (str(home / f"{objective}.yaml"), f"name={name}", *overrides, "--resume", resume), name)
+    processes = [_PROCESSES.Process(target=_train, args=(*arguments, rank, world, port)) for rank in range(world)]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def _train(home: Path, arguments: Sequence[str], name: str, rank: int, world: int, port: int) -> None:
+    """One process of a run, in the environment that torchrun makes."""
+    os.environ |= {"ARIMG_HOME": str(home), "OMP_NUM_THREADS": "1"}
+    if world > 1:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
+                       "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    (home / "runs").mkdir(exist_ok=True)
+    sys.stdout = sys.stderr = open(home / "runs" / f"{name}.txt", "a")
+    os.dup2(sys.stderr.fileno(), 2)
+    from arimg.cli import main
+
+    main(["train", *arguments])
+
+
+def finish(processes: list[ForkServerProcess]) -> list[int | None]:
+    """Exit codes."""
+    for process in processes:
+        process.join(PATIENCE)
+    return [process.exitcode for process in processes]
+
+
+def stop_when(processes: list[ForkServerProcess], log: Path, lines: int, number: int = signal.SIGKILL) -> None:
+    """Send a signal to all processes as soon as the run has logged so many lines. It must not have ended before."""
+    deadline = time.monotonic() + PATIENCE
+    while len(read_lines(log)) < lines and time.monotonic() < deadline:
+        assert all(process.is_alive() for process in processes), f"{log.parent.name} ended too early"
+        time.sleep(0.001)
+    for process in processes:
+        assert process.pid is not None
+        os.kill(process.pid, number)
+
+
+def read_lines(log: Path) -> list[str]:
+    return log.read_text().splitlines() if log.exists() else []
+
+
+def read_log(home: Path, name: str) -> list[dict[str, Any]]:
+    """What was learnt, from which data, at each step; how fast is not compared."""
+    lines = map(json.loads, read_lines(home / "runs" / name / "log.jsonl"))
+    return [{key: value for key, value in line.items() if key != "images_per_second"} for line in lines]
+
+
+def weights(home: Path, name: str) -> dict[str, Any]:
+    """Arrays of the exported networks, but the tokenizer that the run only used."""
+    export = home / "runs" / name / "export"
+    return {f"{path.parent.name}.{key}": value for path in sorted(export.rglob("*.safetensors"))
+            for key, value in load_file(path).items()}
