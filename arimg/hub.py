@@ -17,7 +17,7 @@ from torch import nn
 from arimg.checkpoints import PipelineSettings, find_model, read_index
 from arimg.config import from_dict, to_dict
 from arimg.control import adapter
-from arimg.models import ar, var
+from arimg.models import ar, causal, mar, var
 from arimg.models.text import TextEncoder
 from arimg.pipeline import Pipeline
 from arimg.tokenizers import kl, multiscale, vq
@@ -96,6 +96,18 @@ class VARTransformer(var.VARTransformer, _Shell):
     """arimg.models.var.VARTransformer; keywords are the fields of VARConfig."""
 
     __init__ = _flat_init(var.VARTransformer, var.VARConfig)
+
+
+class MARTransformer(mar.MARTransformer, _Shell):
+    """arimg.models.mar.MARTransformer; keywords are the fields of MARConfig."""
+
+    __init__ = _flat_init(mar.MARTransformer, mar.MARConfig)
+
+
+class CausalTransformer(causal.CausalTransformer, _Shell):
+    """arimg.models.causal.CausalTransformer; keywords are the fields of CausalConfig."""
+
+    __init__ = _flat_init(causal.CausalTransformer, causal.CausalConfig)
 
 
 class ControlAdapter(adapter.ControlAdapter, _Shell):

@@ -262,12 +262,11 @@ def _check_fit(tokenizer: Any, transformer: Any, control: Any) -> None:
             raise CheckpointError(f"the {name} of the pipeline is of class {type(part).__name__}, which is none; "
                                   f"put another network into the folder {name}")
     faults, space = [], tokenizer.space()
-    if space is not None and tokenizer.vocab_size != transformer.vocab_size:
+    ours, theirs = getattr(tokenizer, "token_channels", None), getattr(transformer, "channels", None)
+    if ours != theirs:
+        faults.append(f"numbers per token: {ours} in the tokenizer, {theirs} in the transformer (None: it has codes)")
+    elif space is not None and tokenizer.vocab_size != transformer.vocab_size:
         faults.append(f"the tokenizer has {tokenizer.vocab_size} codes, the transformer {transformer.vocab_size}")
-    channels = [getattr(part, name, None) for part, name in ((tokenizer, "token_channels"), (transformer, "channels"))]
-    if channels[0] != channels[1]:
-        faults.append("numbers per token: {} in the tokenizer, {} in the transformer (none: it has codes)".format(*(
-            "none" if count is None else count for count in channels)))
     scales = None if space is None else space.scales
     own = transformer.config.scales if order_of(transformer) == "scales" else None
     if scales != own:

@@ -94,6 +94,10 @@ OBJECTIVES = Registry("objective", "arimg.objectives", {
     "control": "arimg.train.control:ControlObjective",
     "var": "arimg.train.var:VARObjective",
     "var-control": "arimg.train.var:VARControlObjective",
+    "mar": "arimg.train.mar:MARObjective",
+    "mar-control": "arimg.train.mar:MARControlObjective",
+    "causal": "arimg.train.causal:CausalObjective",
+    "causal-control": "arimg.train.causal:CausalControlObjective",
 })
 EXTRACTORS = Registry("feature extractor", "arimg.extractors", {
     "inception": "arimg.evals.extractors:AdmInception",

@@ -1,4 +1,4 @@
-"""Every model of continuous tokens x control x decoder paints through the pipeline; all else is answered in one line."""
+"""Every model of continuous tokens x control x decoder paints; all else is answered in one line."""
 
 from __future__ import annotations
 

@@ -31,5 +31,3 @@ def toy_continuous_pipeline(model: str, control: ControlConfig | None = None) ->
     settings = replace(SETTINGS, control_types=types, decoder=PLAIN[model])
     pipe = Pipeline(tokenizer.eval(), network, None if adapter is None else adapter.eval(), None, settings)
     return pipe.to(torch.float64)
-
-

@@ -1,8 +1,8 @@
 """What a network says about tokens yet to come, for all guidance branches: one interface over a causal network, whose
 past lies in a cache, and a masked one, which reads any set of known tokens. Decoders of continuous tokens use no other.
 
-Letters: B images; G guidance branches; R = G*B rows; W steps read together; L tokens; C channels; D width; N tokens that
-are predicted, image after image, in the order of steps, then of positions.
+Letters: B images; G guidance branches; R = G*B rows; W steps read together; L tokens; C channels; D width; N tokens
+that are predicted, image after image, in the order of steps, then of positions; Q contexts of a masked network.
 """
 
 from __future__ import annotations
@@ -112,9 +112,10 @@ class MaskedContexts:
 
     def __init__(self, backbone: Any, request: DecodeRequest, plan: Plan) -> None:
         self.passes = 0
-        self._backbone, self._request, self._plan = backbone, request, plan
-        self._branches = len(branch_scales(request.guidance, request.inject_KBLD is not None))
-        self._controlled = FULL in branch_scales(request.guidance, request.inject_KBLD is not None)
+        self._backbone, self._plan = backbone, plan
+        scales = branch_scales(request.guidance, request.inject_KBLD is not None)
+        self._branches = len(scales)
+        self._inject_KBLD = request.inject_KBLD if FULL in scales else None
         self._condition = branch_condition(backbone, request)
 
     def read(self, canvas_BLC: Tensor, steps_BW: Tensor, tokens: Tokens) -> Tensor:
@@ -124,14 +125,13 @@ class MaskedContexts:
     def read_known(self, canvas_BLC: Tensor, known_BWL: Tensor, tokens: Tokens) -> Tensor:
         """z_GND of the tokens, those of offset w given the known ones of row w of their image."""
         self.passes += 1
-        width = known_BWL.shape[1]
+        width, most = known_BWL.shape[1], max(1, CONTEXT_ROWS // self._branches)
         pairs_N, inverse_N = torch.unique(tokens.images_N * width + tokens.offsets_N, return_inverse=True)
         chunks = []
-        for first in range(0, len(pairs_N), max(1, CONTEXT_ROWS // self._branches)):
-            here = (inverse_N >= first) & (inverse_N < first + max(1, CONTEXT_ROWS // self._branches))
-            pairs_Q = pairs_N[first:first + max(1, CONTEXT_ROWS // self._branches)]
+        for first, pairs_Q in zip(range(0, len(pairs_N), most), pairs_N.split(most)):
+            here_N = (inverse_N >= first) & (inverse_N < first + most)
             z_GQLD = self._contexts(canvas_BLC, known_BWL, pairs_Q // width, pairs_Q % width)
-            chunks.append(z_GQLD[:, inverse_N[here] - first, tokens.positions_N[here]])
+            chunks.append(z_GQLD[:, inverse_N[here_N] - first, tokens.positions_N[here_N]])
         return torch.cat(chunks, dim=1)
 
     def forget(self, steps_B: Tensor) -> None:
@@ -143,11 +143,10 @@ class MaskedContexts:
         class_ids_R = self._condition.class_ids_B
         assert class_ids_R is not None
         ids_GQ = class_ids_R.unflatten(0, (branches, batch))[:, images_Q]
-        inject_KQLD = None
-        if self._request.inject_KBLD is not None and self._controlled:
-            inject_KQLD = self._request.inject_KBLD[:, images_Q]
-        z_RLD = self._backbone.context(Condition(class_ids_B=ids_GQ.flatten()), canvas_BLC[images_Q].repeat(branches, 1, 1),
-                                       known_BWL[images_Q, offsets_Q].repeat(branches, 1), inject_KQLD)
+        inject_KQLD = None if self._inject_KBLD is None else self._inject_KBLD[:, images_Q]
+        z_RLD = self._backbone.context(
+            Condition(class_ids_B=ids_GQ.flatten()), canvas_BLC[images_Q].repeat(branches, 1, 1),
+            known_BWL[images_Q, offsets_Q].repeat(branches, 1), inject_KQLD)
         return z_RLD.unflatten(0, (branches, -1))
 
 
@@ -168,8 +167,9 @@ class Network:
     """One network in one decode: contexts, guidance and head."""
 
     def __init__(self, backbone: Any, request: DecodeRequest, plan: Plan, ramp: Ramp, last_noise: bool) -> None:
-        masked = is_masked(backbone)
-        self.contexts: Contexts = MaskedContexts(backbone, request, plan) if masked else CausalContexts(backbone, request)
+        self.contexts: Contexts = CausalContexts(backbone, request)
+        if is_masked(backbone):
+            self.contexts = MaskedContexts(backbone, request, plan)
         self.head_tokens = 0
         self._head, self._last_noise = backbone.head, last_noise
         self._request, self._plan, self._ramp = request, plan, ramp
@@ -219,5 +219,6 @@ def open_plan(backbone: Any, request: DecodeRequest) -> tuple[Plan, Tensor]:
 def check_density(head: Any, request: DecodeRequest) -> None:
     """Raises InputError where the head's last step has no density."""
     if not head.has_density or request.sampling.temperature == 0:
-        raise InputError("the last step of this head has no noise, so a token has no density; take the ancestral sampler "
-                         "(or a flow head with last_std above 0) and a temperature above 0, or jacobi-continuous")
+        raise InputError("the last step of this head has no noise, so a token has no density; take the ancestral "
+                         "sampler (or a flow head with last_std above 0) and a temperature above 0, or "
+                         "jacobi-continuous")

@@ -42,11 +42,11 @@ class Cspd:
     guarantee: Guarantee = "same-law"
     order: Order = "continuous"
 
-    def __init__(self, draft: nn.Module | None = None, window: int | str = 4, prefill: float = 0.0,
+    def __init__(self, draft: Any = None, window: int | str = 4, prefill: float = 0.0,
                  ramp: Ramp = "linear") -> None:
         if window != "auto" and (not isinstance(window, int) or window < 1):
-            raise InputError(f"--window {window}: the decoder cspd takes the whole number of steps that are drafted, at "
-                             "least 1, or auto")
+            raise InputError(f"--window {window}: the decoder cspd takes the whole number of steps that are drafted, "
+                             "at least 1, or auto")
         if not 0 <= prefill <= 1:
             raise InputError(f"prefill {prefill}: is a share of the steps; give a number in [0, 1]")
         self.draft, self.window, self.prefill, self.ramp = draft, window, prefill, ramp
@@ -73,8 +73,8 @@ class SpeculativeRun:
         if decoder.draft is None:
             raise InputError("the decoder cspd needs a draft network: Cspd(draft); jacobi-continuous needs none")
         if is_masked(backbone) != is_masked(decoder.draft) or backbone.head.channels != decoder.draft.head.channels:
-            raise InputError("the draft network and the model are of different kinds; draft with a smaller model of the "
-                             "same kind and tokenizer")
+            raise InputError("the draft network and the model are of different kinds; draft with a smaller model "
+                             "of the same kind and tokenizer")
         for network in (backbone, decoder.draft):
             check_density(network.head, request)
         self.decoder, self.request = decoder, request
@@ -173,8 +173,8 @@ class JacobiContinuous:
     def __init__(self, window: int = 8, tolerance: float = 1e-3, ramp: Ramp = "linear",
                  last_noise: bool = False) -> None:
         if not isinstance(window, int) or window < 1:
-            raise InputError(f"--window {window}: the decoder jacobi-continuous takes the whole number of steps that are "
-                             "computed together, at least 1")
+            raise InputError(f"--window {window}: the decoder jacobi-continuous takes the whole number of steps that "
+                             "are computed together, at least 1")
         if not 0 <= tolerance < math.inf:
             raise InputError(f"tolerance {tolerance}: needs a finite number >= 0, in units of the latents")
         self.window, self.tolerance, self.ramp, self.last_noise = window, tolerance, ramp, last_noise

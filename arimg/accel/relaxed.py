@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from arimg.accel.base import DecodeRequest, DecodeResult, DecodeStats, Guarantee
 from arimg.accel.contexts import Drawn, MaskedContexts, Network, Tokens, is_masked, open_plan
 from arimg.accel.gaussians import Gaussian, log_ratio
 from arimg.accel.masked import paint_step, progress
-from arimg.accel.plan import Plan, Ramp
+from arimg.accel.plan import Ramp
 from arimg.accel.target import Target
 from arimg.errors import InputError
 from arimg.models.base import HeadSample, Order
@@ -82,7 +82,7 @@ class CspdRelaxed:
     guarantee: Guarantee = "none"
     order: Order = "continuous"
 
-    def __init__(self, draft: torch.nn.Module | None = None, window: int = 8, prefill: float = 0.15,
+    def __init__(self, draft: Any = None, window: int = 8, prefill: float = 0.15,
                  inner_temperature: float = 42.0, factor: Factor = "released", tries: int = 100,
                  overwrite: bool = False, ramp: Ramp = "linear") -> None:
         if not isinstance(window, int) or window < 1:

@@ -26,6 +26,7 @@ from arimg.control.base import build
 from arimg.data import load_emoji
 from arimg.errors import InputError
 from arimg.images import load_image
+from arimg.models.base import order_of
 from arimg.pipeline import Pipeline
 from arimg.registry import DECODERS
 
@@ -130,10 +131,11 @@ def find_scenes(pipe: Pipeline, files: Sequence[str], data: Path, count: int) ->
 def find_decoders(names: Sequence[str], windows: Sequence[int | str]) -> dict[str, Decoder]:
     """Decoders by the names of their rows, plain decoding first; one per window where a decoder has windows.
 
-    No names = all that need no further parts. Raises UnknownNameError, and InputError on a decoder that needs parts.
+    No names = all for codes in raster order that need no further parts. Raises UnknownNameError, and InputError on a decoder that needs parts.
     """
     decoders: dict[str, Decoder] = {}
-    for name in names or sorted(DECODERS.names(), key=lambda name: (name != ORACLE, name)):
+    raster = [name for name in DECODERS.names() if order_of(DECODERS.load(name)) == "raster"]
+    for name in names or sorted(raster, key=lambda name: (name != ORACLE, name)):
         parameters = inspect.signature(DECODERS.load(name)).parameters
         needed = [key for key, parameter in parameters.items() if parameter.default is parameter.empty
                   and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)]

@@ -59,44 +59,44 @@ def median(values: Iterable[float]) -> float:
     return float(statistics.median(values))
 
 
-class GemmClock:
-    """The machine's rate at C = A B of 1024 x 1024 matrices, on all threads of torch. Measure it between the runs that
-    are compared with it: other work on the machine then slows both."""
+class RateClock:
+    """A rate of the machine on all threads of torch: the median of measurements made between the runs that are compared
+    with it, as other work on the machine slows both."""
+
+    def __init__(self, device: torch.device, amount: float, work: Callable[[], Any]) -> None:
+        self._device, self._amount, self._work = device, amount, work
+        self._laps: list[Lap] = []
+        work()                                  # the first call chooses and loads the kernel
+
+    def measure(self) -> None:
+        """One more measurement."""
+        self._laps.append(lapped(self._device, self._work)[0])
+
+    @property
+    def rate(self) -> float:
+        """Per second."""
+        return self._amount / median(lap.seconds for lap in self._laps)
+
+    @property
+    def cpu_rate(self) -> float:
+        """Per second of processor time, one thread's rate."""
+        return self._amount / median(lap.cpu_seconds for lap in self._laps)
+
+
+class GemmClock(RateClock):
+    """FLOP/s of C = A B of 1024 x 1024 matrices."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
-        self._device = device
-        self._left = torch.linspace(-1, 1, GEMM_SIDE ** 2).unflatten(0, (GEMM_SIDE, -1)).to(device, dtype)
-        self._right = self._left.flip(0)
-        self._seconds: list[float] = []
-        _ = self._left @ self._right                        # the first call chooses and loads the kernel
-
-    def measure(self) -> None:
-        """One more measurement."""
-        self._seconds.append(timed(self._device, lambda: self._left @ self._right)[0])
-
-    @property
-    def rate(self) -> float:
-        """FLOP/s, the median of all measurements."""
-        return 2 * GEMM_SIDE ** 3 / median(self._seconds)
+        left = torch.linspace(-1, 1, GEMM_SIDE ** 2).unflatten(0, (GEMM_SIDE, -1)).to(device, dtype)
+        right = left.flip(0)
+        super().__init__(device, 2 * GEMM_SIDE ** 3, lambda: left @ right)
 
 
-class ReadClock:
-    """The machine's rate at reading memory: the sum of 1 GiB of float32, on all threads of torch."""
+class ReadClock(RateClock):
+    """bytes/s of the sum of 1 GiB of float32."""
 
     def __init__(self, device: torch.device, size: int = READ_BYTES) -> None:
-        self._device = device
-        self._data = torch.zeros(size // 4, device=device)
-        self._seconds: list[float] = []
-        _ = self._data.sum()
-
-    def measure(self) -> None:
-        """One more measurement."""
-        self._seconds.append(timed(self._device, self._data.sum)[0])
-
-    @property
-    def rate(self) -> float:
-        """bytes/s, the median of all measurements."""
-        return self._data.nbytes / median(self._seconds)
+        super().__init__(device, size, torch.zeros(size // 4, device=device).sum)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -70,19 +70,22 @@ def bench_train(config: RunConfig, steps: int = 8, compare_compiled: bool = Fals
     if compare_compiled or config.train.compile:
         _check_compiler()
     objective = OBJECTIVES.load(config.objective)(config)
-    with tempfile.TemporaryDirectory(prefix="arimg-bench-") as folder:
-        trainer = Trainer(replace(config, name=folder), objective)      # an absolute name is the run's folder
-    trainer.network.train()
-    networks = _networks(trainer, config.train.compile, compare_compiled)
+    with tempfile.TemporaryDirectory(prefix="arimg-bench-") as folder:  # an absolute name is the run's folder
+        trainer = Trainer(replace(config, name=folder, train=replace(config.train, compile=False)), objective)
+    for network in trainer.networks.values():
+        network.train()
+    variants = _variants(trainer, config.train.compile, compare_compiled)
     gemms = _gemm_clocks(config.train.precision, trainer.accelerator.device)
     flops = _step_flops(trainer)
-    laps = _run(trainer, networks, gemms, steps)
-    operators = _profile(trainer)
+    laps = _run(trainer, variants, gemms, steps)
+    trainer.networks = {name: learner.network for name, learner in trainer.learners.items()}
+    operators = top_operators(trainer.train_step, trainer.accelerator.device)
     rates = {name: clock.rate for name, clock in gemms.items()}
     precision = _name(_PRECISIONS[config.train.precision])
     times = tuple(_times(name, lap, config.data.batch_size, flops, rates[precision])
                   for name, lap in laps.items())
-    parameters = sum(weight.numel() for weight in trainer.network.parameters() if weight.requires_grad)
+    parameters = sum(weight.numel() for network in trainer.networks.values() for weight in network.parameters()
+                     if weight.requires_grad)
     return TrainReport(config.name, config.objective, describe(trainer.accelerator.device), precision,
                        config.data.batch_size, parameters, steps, flops, rates, times, operators,
                        _verdict(times[-1], operators))
@@ -95,14 +98,15 @@ def _check_compiler() -> None:
                          "CXX, or leave out --compile and use train.compile=false")
 
 
-def _networks(trainer: Trainer, compiled: bool, both: bool) -> dict[str, nn.Module]:
-    """The networks to measure, by name; they share their weights."""
-    networks: dict[str, nn.Module] = {}
+def _variants(trainer: Trainer, compiled: bool, both: bool) -> dict[str, dict[str, nn.Module]]:
+    """The networks of all players, plain and / or compiled; they share their weights."""
+    variants = {}
     if both or not compiled:
-        networks["plain"] = trainer.network
+        variants["plain"] = trainer.networks
     if both or compiled:
-        networks["compiled"] = torch.compile(trainer.network)       # type: ignore[assignment]
-    return networks
+        variants["compiled"] = {name: cast(nn.Module, torch.compile(network))
+                                for name, network in trainer.networks.items()}
+    return variants
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -117,13 +121,15 @@ def _gemm_clocks(precision: str, device: torch.device) -> dict[str, GemmClock]:
 
 def _step_flops(trainer: Trainer) -> int:
     """Of forward and backward of one batch."""
-    batch = [tensor.to(trainer.accelerator.device) for tensor in trainer.batches.make(0)]
+    batch = tuple(tensor.to(trainer.accelerator.device) for tensor in trainer.batches.make(0))
 
     def step() -> None:
-        loss, _ = trainer.network(*batch)
-        trainer.accelerator.backward(loss)
+        losses, _ = trainer.objective.losses(trainer.networks, batch, 0)
+        for loss in losses.values():
+            trainer.accelerator.backward(loss)
     flops = count_flops(step)
-    trainer.optimizer.zero_grad()
+    for learner in trainer.learners.values():
+        learner.optimizer.zero_grad()
     return flops
 
 
@@ -134,6 +140,7 @@ class _Clocks:
         self.seconds: dict[str, float] = defaultdict(float)
         self._device = trainer.accelerator.device
         setattr(trainer.batches, "get", self.around("batch", trainer.batches.make))      # here and now, in no thread
+        setattr(trainer.objective, "losses", self.around("forward", trainer.objective.losses))
         setattr(trainer.accelerator, "backward", self.around("backward", trainer.accelerator.backward))
 
     def around(self, phase: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -144,22 +151,22 @@ class _Clocks:
             return result
         return call
 
-    def step(self, trainer: Trainer, network: nn.Module) -> dict[str, float]:
-        """One training step through `network`: seconds by phase, and of the whole step."""
+    def step(self, trainer: Trainer, networks: dict[str, nn.Module]) -> dict[str, float]:
+        """One training step through `networks`: seconds by phase, and of the whole step."""
         self.seconds.clear()
-        setattr(trainer, "step_network", self.around("forward", network))
+        trainer.networks = networks
         whole, _ = timed(self._device, trainer.train_step)
         return {**self.seconds, "optimiser": whole - sum(self.seconds.values()), "step": whole}
 
 
-def _run(trainer: Trainer, networks: dict[str, nn.Module], gemms: dict[str, GemmClock],
+def _run(trainer: Trainer, variants: dict[str, dict[str, nn.Module]], gemms: dict[str, GemmClock],
          steps: int) -> dict[str, list[dict[str, float]]]:
-    """Phase times of every measured step, by network; the networks and the matrix products take turns."""
+    """Phase times of every measured step, by variant; these and the matrix products take turns."""
     clocks = _Clocks(trainer)
-    laps: dict[str, list[dict[str, float]]] = {name: [] for name in networks}
+    laps: dict[str, list[dict[str, float]]] = {name: [] for name in variants}
     for turn in tqdm(range(WARM_UP + steps), desc="steps", unit="turn", file=sys.stderr):
-        for name, network in networks.items():
-            lap = clocks.step(trainer, network)
+        for name, networks in variants.items():
+            lap = clocks.step(trainer, networks)
             if turn >= WARM_UP:
                 laps[name].append(lap)
         for clock in gemms.values():
@@ -172,12 +179,6 @@ def _times(network: str, laps: list[dict[str, float]], batch_size: int, flops: i
     step = median(lap["step"] for lap in laps)
     through = median(lap["forward"] + lap["backward"] for lap in laps)
     return StepTimes(network, seconds, step, batch_size / step, flops / through / rate)
-
-
-def _profile(trainer: Trainer) -> tuple[Operator, ...]:
-    """Of one plain step."""
-    trainer.step_network = trainer.network
-    return top_operators(trainer.train_step, trainer.accelerator.device)
 
 
 def _verdict(times: StepTimes, operators: tuple[Operator, ...]) -> str:

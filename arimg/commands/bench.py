@@ -69,6 +69,37 @@ def train(config: str, overrides: tuple[str, ...], steps: int, compare: bool, pr
     click.echo(to_markdown(report))
 
 
+@command.command("continuous", epilog="\b\nExample: arimg bench continuous --model mar-l --draft mar-b --steps 64 --cfg 3")
+@click.option("--model", required=True, help="A pipeline folder or a hub id whose tokens are continuous.")
+@click.option("--draft", metavar="DIR", help="A smaller pipeline of the same kind and tokenizer: adds the speculative "
+              "decoders.")
+@click.option("--window", "windows", multiple=True, type=click.IntRange(min=1), default=(4, 8), show_default=True,
+              help="Drafted or iterated steps; repeat it.")
+@click.option("--steps", type=click.IntRange(min=1), help="Of the plain decoder, for models that have a number of "
+              "them [default: the decoder's].")
+@click.option("--cfg", type=float, help="Guidance scale [default: the model's].")
+@click.option("-n", "n", type=click.IntRange(min=1), default=2, show_default=True, help="Pictures, in one batch.")
+@click.option("--repeats", type=click.IntRange(min=1), default=2, show_default=True, help="Of everything, in turns.")
+@click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda")
+@click.option("--dtype", default="auto", show_default=True, metavar="auto|float32|bfloat16|...")
+@click.option("--json", "json_path", metavar="FILE", help="Write all figures there.")
+def continuous(model: str, draft: str | None, windows: tuple[int, ...], steps: int | None, cfg: float | None, n: int,
+               repeats: int, device: str, dtype: str, json_path: str | None) -> None:
+    """Compare decoders of continuous tokens: passes, head evaluations, acceptance, seconds, and the target alone at as
+    many of its own passes as each speculative decoder makes. Prints a page of Markdown; docs/continuous.md explains
+    it."""
+    _check_json(json_path)
+    from arimg.bench.continuous import bench_continuous, to_markdown
+    from arimg.pipeline import Pipeline
+
+    pipes = [None if name is None else Pipeline.from_pretrained(name, device, dtype) for name in (model, draft)]
+    assert pipes[0] is not None
+    report = bench_continuous(pipes[0], None if pipes[1] is None else pipes[1].transformer, windows, steps, cfg, n,
+                              repeats)
+    _write_json(json_path, report)
+    click.echo(to_markdown(report))
+
+
 @command.command("decode", epilog="\b\nExample: arimg bench decode --decoder ar --decoder jacobi --window 8 "
                                   "--window 32 --cfg 1 --cfg 3")
 @click.option("--model", default="emoji", show_default=True, help="An embedded model, a pipeline folder or a hub id.")

@@ -17,6 +17,11 @@ def command(config: str, overrides: tuple[str, ...], resume: str) -> None:
 
     On several devices: accelerate launch -m arimg.train CONFIG.yaml ..., or torchrun -m with the same.
     """
+    from accelerate import PartialState
+
     from arimg.train.launch import main
 
-    click.echo(main(Path(config), overrides, resume))
+    folder = main(Path(config), overrides, resume)
+    if PartialState().is_main_process:
+        click.echo(folder)
+    PartialState().destroy_process_group()

@@ -52,8 +52,8 @@ def infer_mar_config(state: Mapping[str, Tensor], latent_channels: int, heads: i
              "encoder_pos_embed_learned", "encoder_blocks.0.mlp.fc1.weight", "diffloss.net.input_proj.weight")
     missing = [name for name in names if name not in state]
     if missing:
-        raise CheckpointError(f"MAR weights: {', '.join(missing)} missing, so the sizes cannot be read; give a complete "
-                              "file")
+        raise CheckpointError(f"MAR weights: {', '.join(missing)} missing, so the sizes cannot be read; give a "
+                              "complete file")
     encoder, channels = state["z_proj.weight"].shape
     decoder, length = state["decoder_embed.weight"].shape[0], state["diffusion_pos_embed_learned"].shape[1]
     patch, grid = isqrt(channels // latent_channels), isqrt(length)

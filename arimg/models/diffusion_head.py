@@ -121,8 +121,9 @@ class HeadMLP(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        for linear in (self.time_embed.mlp[0], self.time_embed.mlp[2]):
-            nn.init.normal_(linear.weight, std=0.02)
+        for name, matrix in self.time_embed.named_parameters():
+            if name.endswith("weight"):
+                nn.init.normal_(matrix, std=0.02)
         for block in (*self.res_blocks, self.final_layer):
             nn.init.zeros_(block.adaLN_modulation[1].weight)
         nn.init.zeros_(self.final_layer.linear.weight)
@@ -248,7 +249,7 @@ class DiffusionHead(nn.Module):
         is detached (Nichol and Dhariwal 2021, section 3.1; not rescaled by 1/1000). t_N: int64, 0 .. 999."""
         target_NC = at_least_float32(target_NC)
         table = build_schedule().table(target_NC.device, target_NC.dtype)
-        one = StepNumbers(*table[t_N].T[..., None])         # type: ignore[arg-type]    # (N, 1) each
+        one = StepNumbers(*table[t_N].T[..., None])         # (N, 1) each
         x_NC = (target_NC + one.x0_of_eps * noise_NC) / one.x0_of_x
         eps_NC, v_NC = at_least_float32(self.net(x_NC, t_N, z_ND)).chunk(2, dim=-1)
         mse_N = (noise_NC - eps_NC).square().mean(-1)

@@ -67,6 +67,11 @@ class MARConfig:
         return "class"
 
     @property
+    def inject_layers(self) -> tuple[int, ...]:
+        """One entry per injection point."""
+        return self.inject_encoder + self.inject_decoder
+
+    @property
     def dim(self) -> int:
         """Width of what a control adds."""
         return self.encoder_dim if self.inject_encoder else self.decoder_dim
@@ -121,7 +126,7 @@ class MARTransformer(nn.Module):
         self.config = config
         self.attention_backend = "sdpa"
         self.channels = config.token_channels
-        self.inject_points = len(config.inject_encoder) + len(config.inject_decoder)
+        self.inject_points = len(config.inject_layers)
         length, encoder, decoder = config.grid ** 2, config.encoder_dim, config.decoder_dim
         self.class_emb = nn.Embedding(config.num_classes, encoder)
         self.fake_latent = nn.Parameter(torch.empty(1, encoder))
@@ -175,7 +180,11 @@ class MARTransformer(nn.Module):
 
     def context(self, condition: Condition, latents_RLC: Tensor, known_RL: Tensor,
                 inject_KRLD: Tensor | None = None) -> Tensor:
-        """See MaskedBackbone."""
+        """See MaskedBackbone. Raises InputError on another number of tokens than the model has positions for."""
+        side = self.config.grid
+        if known_RL.shape[1] != side ** 2:
+            raise InputError(f"{known_RL.shape[1]} tokens: this model was trained on {side}x{side}, and its positions "
+                             "are learned; leave the size out")
         return self.decode(self.encode(condition, latents_RLC, known_RL, inject_KRLD), inject_KRLD)
 
     def encode(self, condition: Condition, latents_RLC: Tensor, known_RL: Tensor,

@@ -75,7 +75,7 @@ def _sections(respacing: str, count: int) -> tuple[int, ...]:
         if wanted > here:
             raise ConfigError(f"steps {respacing!r}: {wanted} steps in a section of {here}; write at most {here}")
         stride = (here - 1) / (wanted - 1) if wanted > 1 else 1.0
-        offsets = accumulate([0.0] + [stride] * (wanted - 1)) if wanted else []    # as released: the sum, not k * stride
+        offsets = accumulate([0.0] + [stride] * (wanted - 1)) if wanted else []    # as released: a sum
         kept |= {start + round(offset) for offset in offsets}
         start += here
     return tuple(sorted(kept))

@@ -21,16 +21,16 @@ from arimg.tokenizers.vq import VQLosses, nearest_code
 Scales = tuple[tuple[int, int], ...]        # (h, w) in tokens, coarse to fine
 
 # (S, number of phis) -> the phi of each scale. Scales 2 and 7 of the released ten lie half-way between two phis, where
-# the last bit of a division decides; these are the ones that the released weights were trained with.
+# the last bit of a division decides; these are what the release computes, and another choice changes every picture.
 RELEASED_PHIS = {(10, 4): (0, 0, 1, 1, 1, 2, 2, 3, 3, 3)}
 _NO_PHI = 1e-6
 
 
-def check_scales(scales: Scales, what: str, error: type[ConfigError] | type[InputError]) -> None:
+def check_scales(scales: Scales, error: type[ConfigError] | type[InputError]) -> None:
     """Raises `error` unless there are scales, of positive sides, none smaller than the one before."""
     ordered = all(fine[0] >= coarse[0] and fine[1] >= coarse[1] for coarse, fine in zip(scales, scales[1:]))
     if not scales or not ordered or min(map(min, scales)) < 1:
-        raise error(f"{what}={list(scales)}: give (h, w) pairs of positive sides, from coarse to fine")
+        raise error(f"scales={list(scales)}: give (h, w) pairs of positive sides, from coarse to fine")
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class MultiscaleConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "scales", tuple((height, width) for height, width in self.scales))
         check_widths(self.base_channels, self.multipliers)
-        check_scales(self.scales, "scales", ConfigError)
+        check_scales(self.scales, ConfigError)
         if self.phis < 0:
             raise ConfigError(f"phis={self.phis}: give their number, or 0 for one per scale")
         if self.conv_kernel % 2 == 0:
@@ -165,7 +165,7 @@ class MultiscaleQuantizer(nn.Module):
     def view(self, codebook_VC: Tensor, scales: Scales | None = None) -> MultiscaleSpace:
         """The quantiser on other scales than the config's, and with this codebook. Raises InputError."""
         scales = self.config.scales if scales is None else scales
-        check_scales(scales, "scales", InputError)
+        check_scales(scales, InputError)
         phis = tuple(self.phis[phi_of_scale(k, len(scales), len(self.phis))] if len(self.phis) else nn.Identity()
                      for k in range(len(scales)))
         return MultiscaleSpace(codebook_VC, scales, phis, self.config.z_norm)

@@ -29,7 +29,7 @@ from arimg.models.base import Condition
 from arimg.train.captions import CachedCaptions, Captions, LiveCaptions, captions_cache, load_encoder
 from arimg.train.codes import Codes, open_codes
 from arimg.train.crops import Crop, bucket_sizes
-from arimg.train.data import Example, Feed, Loader, MapSource, batch_rng, processes
+from arimg.train.data import CodeSource, Example, Feed, Loader, MapSource, batch_rng, processes
 from arimg.train.objective import SingleNetwork
 from arimg.train.run import RunConfig
 from arimg.train.sources import EmojiSource, Source, Split, open_splits
@@ -117,11 +117,11 @@ class ARObjective(SingleNetwork):
         loader = Loader(config.data, held_out, config.seed)
         same = held_out.source is train.source
         self.held_out = replace(self.feed if same else self._feed(held_out, tokenizer), loader=loader)
-        self._check_sizes(tokenizer.vocab_size)
+        self._check_tokenizer(tokenizer)
+        self._check_classes()
         torch.manual_seed(config.seed)
-        codebook_VC = tokenizer.space().codebook_VC
-        self.network = self.task_class(config, codebook_VC, self.grid)
-        self.near_VK = nearest_codes(codebook_VC, NEAR) if config.token_noise else None
+        self.network = self.new_task(tokenizer)
+        self.near_VK = nearest_codes(tokenizer.space().codebook_VC, NEAR) if config.token_noise else None
         self._load_weights()
 
     @property
@@ -164,7 +164,15 @@ class ARObjective(SingleNetwork):
         config, source = self.config, split.source
         crop = Crop(config.data.crop, config.flip)
         return Feed(Loader(config.data, split, config.seed, processes() * config.train.accumulation), crop,
-                    open_codes(config.data, crop, source, tokenizer), self._captions(source), self.maps(source, crop))
+                    self.open_codes(source, crop, tokenizer), self._captions(source), self.maps(source, crop))
+
+    def open_codes(self, source: Source, crop: Crop, tokenizer: Any) -> CodeSource:
+        """Where the codes of a source come from."""
+        return open_codes(self.config.data, crop, source, tokenizer)
+
+    def new_task(self, tokenizer: Any) -> ARTask:
+        """The network that is trained."""
+        return self.task_class(self.config, tokenizer.space().codebook_VC, self.grid)
 
     def _captions(self, source: Source) -> Captions | None:
         if not self.text:
@@ -179,11 +187,14 @@ class ARObjective(SingleNetwork):
         """Where control maps come from: there are none here."""
         return None
 
-    def _check_sizes(self, vocab_size: int) -> None:
+    def _check_tokenizer(self, tokenizer: Any) -> None:
+        """Raises ConfigError where the model and the tokenizer do not fit."""
+        if self.config.model.vocab_size != tokenizer.vocab_size:
+            raise ConfigError(f"model.vocab_size={self.config.model.vocab_size}: the tokenizer {self.config.tokenizer} "
+                              f"has {tokenizer.vocab_size} codes; write vocab_size: {tokenizer.vocab_size}")
+
+    def _check_classes(self) -> None:
         model, names = self.config.model, self.source.class_names
-        if model.vocab_size != vocab_size:
-            raise ConfigError(f"model.vocab_size={model.vocab_size}: the tokenizer {self.config.tokenizer} has "
-                              f"{vocab_size} codes; write vocab_size: {vocab_size}")
         if self.text:
             return
         if names and model.num_classes != len(names):
@@ -195,7 +206,7 @@ class ARObjective(SingleNetwork):
                               f"{labels.min()} to {labels.max()} (-1: none); make them fit")
 
     def _load_weights(self) -> None:
-        """Those of the pipeline folder `init_from`. One that an `ar` run exported has no control: it starts at random."""
+        """Those of the pipeline folder `init_from`; a control that it lacks, as those of `ar` runs do, stays random."""
         folder = Path(self.config.init_from)
         for name, module in self.network.named_children() if self.config.init_from else ():
             if name == "transformer" or (folder / name).is_dir():

@@ -1,7 +1,7 @@
 """Extraction ahead of training, as many processes as there are: codes, maps and caption features per group of a source.
 
-`--shard K/N` takes every N-th group, from the K-th on; a group's file is written whole or not at all, and one that is there
-is not made again. So the same command line goes on after any interruption, and the parts need not know of one another.
+`--shard K/N` takes every N-th group, from the K-th on; a group's file is written whole or not at all, and one that is
+there is not made again. So the same command line goes on after any interruption, and no part needs to know of another.
 """
 
 from __future__ import annotations

@@ -187,10 +187,11 @@ class Trainer:
         with self.first.averaged() as network:
             network.eval()
             yield network if self.accelerator.is_main_process else None
-        self._train_mode()
+        self.train_mode()
         self.accelerator.wait_for_everyone()
 
-    def _train_mode(self) -> None:
+    def train_mode(self) -> None:
+        """Dropout and batch norm as training wants them."""
         for learner in self.learners.values():
             learner.network.train()
 
@@ -234,7 +235,7 @@ class Trainer:
         """Train to the configured number of steps or minutes, save, export. Returns the export folder. A signal that
         asks to stop ends the process with 128 + its number, after a checkpoint."""
         steps = self.config.optim.steps
-        self._train_mode()
+        self.train_mode()
         images = self.config.data.batch_size * self.micros      # of a step
         clock = Clock(self.config, self.step)
         bar = tqdm(total=steps, initial=self.step, file=sys.stderr, unit="step", desc=self.config.name,
@@ -334,5 +335,6 @@ def train(config: RunConfig, objective: Objective, resume: str = "latest") -> Pa
     trainer.resume(resume)
     trainer.start_records()
     folder = trainer.fit()
-    trainer.accelerator.end_training()
+    for tracker in trainer.accelerator.trackers:
+        tracker.finish()
     return folder

@@ -38,7 +38,7 @@ def parameter_groups(network: nn.Module, config: AdamWConfig) -> list[dict[str, 
 
 def build_optimizer(network: nn.Module, config: AdamWConfig) -> torch.optim.AdamW:
     """AdamW over `parameter_groups`."""
-    fused = all(parameter.is_cuda for parameter in network.parameters())
+    fused = all(parameter.device.type in ("cuda", "cpu") for parameter in network.parameters())
     return torch.optim.AdamW(parameter_groups(network, config), betas=(config.beta1, config.beta2), eps=config.eps,
                              fused=fused)
 
@@ -62,7 +62,7 @@ def build_schedule(optimizer: torch.optim.Optimizer, config: AdamWConfig, update
 
 def warm_up(step: int, config: AdamWConfig) -> float:
     """Share of the learning rate: linear from 0 to 1."""
-    return min(1.0, step / max(1, config.warmup_steps))
+    return step / config.warmup_steps if step < config.warmup_steps else 1.0
 
 
 def flat_linear(step: int, config: AdamWConfig, updates: int) -> float:

@@ -85,9 +85,6 @@ def _check_choice(kind: str, name: str, known: tuple[str, ...]) -> None:
         raise UnknownNameError(kind, name, known)
 
 
-EmojiData = DataConfig      # TRANSITION
-
-
 @dataclass(frozen=True)
 class RunConfig:
     """Fields shared by all objectives; each objective's own config extends it. A resumed run may differ from its

@@ -35,6 +35,10 @@ def shard(network: nn.Module, device: torch.device) -> None:
     parts = block_networks(network)
     if not parts:
         raise ConfigError("train.sharding=fsdp2: this objective's network has no blocks to split; write sharding=none")
+    scalars = [name for name, parameter in network.named_parameters() if not parameter.ndim]
+    if scalars:
+        raise ConfigError(f"train.sharding=fsdp2: {', '.join(scalars)} is a single number, which FSDP2 cannot split; "
+                          "write sharding=none, or model.codebook_dim=null if it is the scale of a tied codebook")
     if not dist.is_initialized():
         raise ConfigError("train.sharding=fsdp2: needs several processes; start them with torchrun --nproc_per_node=N "
                           "-m arimg.train, or write sharding=none")

@@ -94,9 +94,9 @@ class VARObjective(ARObjective):
             raise ConfigError("data.buckets: the scales of a next-scale model end at one size; leave it out")
         return super()._sizes(stride)
 
-    def _check_sizes(self, vocab_size: int) -> None:
-        super()._check_sizes(vocab_size)
-        model, space = self.config.model, self.cache.tokenizer.space()
+    def _check_tokenizer(self, tokenizer: Any) -> None:
+        super()._check_tokenizer(tokenizer)
+        model, space = self.config.model, tokenizer.space()
         for name, value in (("scales", space.scales), ("codebook_dim", space.codebook_VC.shape[1])):
             if getattr(model, name) != value:
                 raise ConfigError(f"model.{name}={getattr(model, name)}: the tokenizer {self.config.tokenizer} has "

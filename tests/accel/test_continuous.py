@@ -145,7 +145,8 @@ def test_no_nan(dtype: torch.dtype, channels: int, temperature: float, cfg: floa
     masked, masked_draft = (toy_mar(seed, latent_channels=channels).to(dtype) for seed in (0, 1))
     for decoder, network, steps in ((ArContinuous(), causal, None), (Cspd(draft, 3), causal, None),
                                     (JacobiContinuous(3), causal, None), (Masked(), masked, 4),
-                                    (Cspd(masked_draft, 2), masked, 4), (CspdRelaxed(masked_draft, 2, tries=4), masked, 4)):
+                                    (Cspd(masked_draft, 2), masked, 4),
+                                    (CspdRelaxed(masked_draft, 2, tries=4), masked, 4)):
         here = replace(request, steps=steps)
         latents = decoder.decode(Target(network, here), here).latents_BLC
         assert latents.dtype == torch.float32 and latents.isfinite().all(), type(decoder).__name__

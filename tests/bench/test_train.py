@@ -15,7 +15,8 @@ from arimg.bench.machine import GEMM_SIDE, GemmClock, count_flops, markdown_tabl
 from arimg.bench.train import PHASES, TrainReport, bench_train, to_markdown
 from arimg.errors import InputError
 from arimg.tokenizers.vq import VQConfig
-from arimg.train.run import EmojiData, LoopConfig, OptimConfig
+from arimg.train.data_config import CropConfig, DataConfig
+from arimg.train.run import LoopConfig, OptimConfig
 from arimg.train.tokenizer import TokenizerRun
 from tests.train.toy_emoji import write_toy_emoji
 
@@ -31,8 +32,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def config(home: Path) -> TokenizerRun:
     folder = write_toy_emoji(home / "data" / "toy")
-    return TokenizerRun(objective="tokenizer", name="toy", data=EmojiData(str(folder), batch_size=2), crop=8,
-                        revive_every=2, optim=OptimConfig(steps=10, warmup_steps=1), train=LoopConfig(),
+    return TokenizerRun(objective="tokenizer", name="toy", revive_every=2,
+                        data=DataConfig(folder=str(folder), batch_size=2, crop=CropConfig("window", 8)),
+                        optim=OptimConfig(steps=10, warmup_steps=1), train=LoopConfig(),
                         model=VQConfig(codebook_size=16, codebook_dim=4, base_channels=32, multipliers=(1, 1),
                                        res_blocks=1, z_channels=8))
 

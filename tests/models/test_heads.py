@@ -61,7 +61,7 @@ def test_ddim_agrees_with_diffusers(steps: str) -> None:
 
 
 def test_fewer_steps_of_second_order_are_closer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On Gaussian data every deterministic sampler ends in a multiple of the noise; the exact flow gives std / scale."""
+    """On Gaussian data every deterministic sampler ends in a multiple of the noise: std / scale, exactly."""
     exact_gaussian(monkeypatch, 0.7)
     errors = {}
     for method in ("ddim", "dpm++"):

@@ -15,9 +15,10 @@ from arimg.checkpoints import save_component
 from arimg.config import from_dict, read_values
 from arimg.control.base import AsIs, get_type
 from arimg.registry import CONTROLS, OBJECTIVES
+from arimg.tokenizers.kl import KLConfig, KLTokenizer
 from arimg.tokenizers.multiscale import MultiscaleConfig, MultiscaleTokenizer
 from arimg.tokenizers.vq import VQConfig, VQTokenizer
-from arimg.train.jobs import MapsJob, CodesJob, Part
+from arimg.train.jobs import CodesJob, MapsJob, Part
 from tests.toy import toy_text_encoder
 from tests.train.toy_emoji import write_toy_emoji
 from tests.train.toy_sources import write_shards
@@ -44,6 +45,8 @@ def write_toys(root: Path) -> Path:
             codebook_size=CODES, codebook_dim=8, base_channels=32, multipliers=(1,) * 5, res_blocks=1, scales=scales,
             phis=2))
         save_component(network, root / "multiscale-16")
+        save_component(KLTokenizer(KLConfig(base_channels=32, multipliers=(1,) * 5, res_blocks=1, latent_channels=2)),
+                       root / "kl-16")
     text = toy_text_encoder(TEXT)
     text.model.save_pretrained(root / "t5")
     text.tokenizer.save_pretrained(root / "t5")
@@ -51,7 +54,7 @@ def write_toys(root: Path) -> Path:
 
 
 def shrink(path: Path, root: Path) -> Any:
-    """The run of a recipe at toy size. What it says is first built as it stands, with toy paths."""
+    """The run of a recipe at toy size, in float32 and one process. As it stands it must parse, too, with toy paths."""
     values = read_values(path)
     data, model = values.setdefault("data", {}), values.setdefault("model", {})
     source = data.get("source", "emoji")
@@ -61,11 +64,14 @@ def shrink(path: Path, root: Path) -> Any:
     _fill_paths(values, root, STRIDES[source])
     config_class = OBJECTIVES.load(values["objective"]).config_class
     from_dict(config_class, values)
-    data["batch_size"], values["optim"]["steps"] = 2, 1
-    values.setdefault("train", {}).update(compile=False, sharding="none", threads=1)
+    data["batch_size"] = 2
+    values["optim"] |= {"steps": 1, "warmup_steps": 0}
+    values.setdefault("train", {}).update(compile=False, sharding="none", precision="no", threads=1)
     _shrink_pictures(data, source)
     if values["objective"] == "tokenizer":
-        _shrink_tokenizer(values, root, source)
+        _shrink_tokenizer(values, root)
+    elif "latent_channels" in model:
+        _shrink_continuous(model, source)
     else:
         _shrink_model(model, source)
         _shrink_control(values)
@@ -78,6 +84,8 @@ def _fill_paths(values: dict[str, Any], root: Path, stride: int) -> None:
     """What a recipe leaves to its user."""
     if "scales" in values["model"]:
         values["tokenizer"] = str(root / "multiscale-16")
+    elif "latent_channels" in values["model"]:
+        values["tokenizer"] = str(root / "kl-16")
     elif values["objective"] != "tokenizer":
         values["tokenizer"] = str(root / f"vq-{stride}")
     if values["model"].get("conditioning") == "text":
@@ -95,11 +103,9 @@ def _shrink_pictures(data: dict[str, Any], source: str) -> None:
     data["workers"] = 2
 
 
-def _shrink_tokenizer(values: dict[str, Any], root: Path, source: str) -> None:
-    model = values["model"]
+def _shrink_tokenizer(values: dict[str, Any], root: Path) -> None:
+    model, values["data"]["crop"]["size"] = values["model"], EMOJI_SIZE
     model |= {"codebook_size": CODES, "base_channels": 32, "z_channels": 8, "res_blocks": 1}
-    if source == "emoji":
-        values["data"]["crop"]["size"] = EMOJI_SIZE
     if values.get("decoder_only"):
         shutil.rmtree(root / "first", ignore_errors=True)
         save_component(VQTokenizer(from_dict(VQConfig, model)), root / "first")
@@ -118,6 +124,15 @@ def _shrink_model(model: dict[str, Any], source: str) -> None:
         model |= {"caption_dim": TEXT, "caption_length": 6}
     if "inject_layers" in model:
         model["inject_layers"] = [0, 1, 2]
+
+
+def _shrink_continuous(model: dict[str, Any], source: str) -> None:
+    model |= {"latent_channels": 2, "grid": SIDE, "num_classes": 2 + (source != "emoji")}
+    for part in ("encoder_", "decoder_") if "encoder_dim" in model else ("",):
+        model |= {f"{part}dim": DIM, f"{part}layers": LAYERS, f"{part}heads": 2}
+    if "ffn_hidden" in model:
+        model["ffn_hidden"] = 48
+    model["head"] |= {"layers": 1, "width": 16, "steps": "ddim10"}
 
 
 def _shrink_control(values: dict[str, Any]) -> None:

@@ -19,6 +19,7 @@ from arimg.train.tokenizer import TokenizerObjective
 from tests.train.toy_runs import PATIENCE, RECIPES, make_tokenizer, read_log, run, weights, write_home
 
 STEPS = 5
+UNTIED = "model.codebook_dim=null"       # FSDP2 splits no single numbers
 SETTINGS = (f"optim.steps={STEPS}", "train.save_steps=0", "train.validate_steps=5")
 
 
@@ -39,6 +40,8 @@ def trained(home: Path) -> Path:
     assert done.returncode == 0, done.stderr[-3000:]
     for objective in RECIPES:
         run(home, objective, f"{objective}-1x2", *SETTINGS, "train.accumulation=2")
+    for objective in ("ar", "control"):
+        run(home, objective, f"{objective}-whole", *SETTINGS, UNTIED, "train.accumulation=2")
     return home
 
 
@@ -67,15 +70,14 @@ def test_two_processes_equal_one_with_twice_the_accumulation(objective: str, tra
 @pytest.mark.slow
 @pytest.mark.parametrize("objective", ["ar", "control"])
 def test_sharded_equals_whole(objective: str, trained: Path) -> None:
-    assert_same(trained, f"{objective}-sharded", f"{objective}-1x2")
+    assert_same(trained, f"{objective}-sharded", f"{objective}-whole")
 
 
 @pytest.mark.slow
 def test_a_sharded_checkpoint_goes_on_without_shards(trained: Path) -> None:
     """Checkpoints hold whole tensors: written by two processes with FSDP2, read by one."""
     checkpoint = trained / "runs" / "ar-sharded" / "checkpoint-3"
-    finish = ("train.accumulation=2", f"optim.steps={STEPS}", "train.save_steps=0", "train.validate_steps=5")
-    run(trained, "ar", "ar-unsharded", *finish, resume=str(checkpoint))
+    run(trained, "ar", "ar-unsharded", *SETTINGS, UNTIED, "train.accumulation=2", resume=str(checkpoint))
     left, right = weights(trained, "ar-unsharded"), weights(trained, "ar-sharded")
     for key, array in left.items():
         np.testing.assert_allclose(array, right[key], rtol=1e-3, atol=2e-5, err_msg=key)
@@ -84,11 +86,11 @@ def test_a_sharded_checkpoint_goes_on_without_shards(trained: Path) -> None:
 def test_what_cannot_be_sharded(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ARIMG_HOME", str(home))
     tokenizer = f"tokenizer={home / 'runs' / 'first' / 'export' / 'tokenizer'}"
-    for objective, recipe, setting, message in (
-            (TokenizerObjective, "tokenizer", "sharding=fsdp2", "no blocks to split"),
-            (TokenizerObjective, "tokenizer", "checkpoint_blocks=true", "no blocks to recompute"),
-            (ARObjective, "ar", "sharding=fsdp2", "needs several processes")):
-        given = [tokenizer] if recipe == "ar" else []
-        config = load_run(home / f"{recipe}.yaml", [*given, "name=refused", f"train.{setting}"])
+    for objective, recipe, settings, message in (
+            (TokenizerObjective, "tokenizer", ["train.sharding=fsdp2"], "no blocks to split"),
+            (TokenizerObjective, "tokenizer", ["train.checkpoint_blocks=true"], "no blocks to recompute"),
+            (ARObjective, "ar", [tokenizer, "train.sharding=fsdp2"], "transformer.codebook_scale is a single number"),
+            (ARObjective, "ar", [tokenizer, UNTIED, "train.sharding=fsdp2"], "needs several processes")):
+        config = load_run(home / f"{recipe}.yaml", ["name=refused", *settings])
         with pytest.raises(ConfigError, match=message):
             Trainer(config, objective(config))

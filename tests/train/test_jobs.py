@@ -15,7 +15,7 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
-from arimg.checkpoints import load_component, save_component
+from arimg.checkpoints import find_model, load_component, save_component
 from arimg.cli import main
 from arimg.config import dump_config
 from arimg.control.adapter import ControlConfig
@@ -34,6 +34,7 @@ from arimg.train.data_config import CropConfig, DataConfig
 from arimg.train.jobs import CaptionsJob, CodesJob, MapsJob, Part
 from arimg.train.run import OptimConfig
 from arimg.train.shards import ShardSource
+from arimg.train.throughput import Throughput, measure
 from tests.toy import toy_text_encoder
 from tests.train.toy_sources import CLASSES, write_shards
 
@@ -103,8 +104,8 @@ def test_codes_on_the_fly_are_the_cached_ones(root: Path, data: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(cached.held_out_batch, made.held_out_batch))
 
 
-def test_parts_together_are_the_whole_and_nothing_is_made_twice(root: Path, data: Path,
-                                                               monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parts_together_are_the_whole_and_nothing_is_made_twice(
+        root: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = run(root, data)
     CodesJob(config).run(Part())
     folder = data.parent / "cache"
@@ -262,3 +263,19 @@ def test_the_commands(root: Path, data: Path, tmp_path: Path) -> None:
     assert line.startswith("the loader makes ") and " samples/s (data.workers=2), the model" in line
     assert "unknown control type 'cany'; did you mean canny" in arimg("maps", yaml, "--type", "cany", code=2).stderr
     assert CLASSES == tuple(ShardSource(data).class_names)
+
+
+def test_the_loader_keeps_up_with_the_embedded_model(data: Path) -> None:
+    """Shards of pictures, decoded for maps on the fly, codes from a cache; one training process of that size."""
+    folder = find_model("emoji")
+    transformer, control = (load_component(folder / name) for name in ("transformer", "control"))
+    config = ControlRun(objective="control", name="toy", tokenizer=str(folder / "tokenizer"),
+                        model=replace(transformer.config, num_classes=3), control=control.config,
+                        data=DataConfig("shards", str(data), batch_size=4, crop=CropConfig("center", 128),
+                                        cache=str(data.parent / "cache")))
+    CodesJob(config).run(Part())
+    found = measure(config, ControlObjective(config), batches=2)
+    assert found.loader > found.model > 0
+    assert found.line(config).endswith(f"{found.loader / found.model:.2f} times as many")
+    slow = Throughput(loader=1.0, model=2.0).line(config)
+    assert slow.endswith("0.50 times as many; raise data.workers, or cache codes and maps with arimg data")

@@ -17,8 +17,8 @@ from arimg.pipeline import Pipeline
 from arimg.tokenizers.vq import VQConfig, VQTokenizer
 from arimg.train.ar import ARObjective, ARRun
 from arimg.train.control import ControlObjective, ControlRun
-from arimg.train.loop import Batches, train
 from arimg.train.data_config import BucketConfig, CropConfig, DataConfig
+from arimg.train.loop import Batches, train
 from arimg.train.run import LoopConfig, OptimConfig
 from tests.train.toy_emoji import write_toy_emoji
 from tests.train.toy_sources import write_folder

@@ -1,0 +1,49 @@
+"""LlamaGen's own code beside arimg, same weights, same process: `python scripts/bench_original.py --llamagen PATH`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+import torch
+
+from arimg.bench.original import ar_pair, load_llamagen, vq_pair
+from arimg.bench.side_by_side import bench_decoding, bench_pixels, bench_training, to_markdown
+from arimg.presets import AR_PRESETS
+from arimg.tokenizers.vq import VQConfig
+
+
+def main() -> None:
+    """Plain decoding (the default), training steps or pixels; prints a page of Markdown."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--llamagen", required=True, metavar="PATH", help="a checkout of FoundationVision/LlamaGen")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--train", action="store_true", help="training steps instead of decoding")
+    what.add_argument("--pixels", action="store_true", help="codes to pixels by VQ-16 instead of decoding")
+    parser.add_argument("--preset", default="B", choices=sorted(AR_PRESETS))
+    parser.add_argument("--layers", type=int, help="fewer layers than the preset has")
+    parser.add_argument("--bf16", action="store_true", help="bfloat16: autocast in training, weights in decoding")
+    parser.add_argument("--batch", type=int, default=4, help="of --train [default: 4]")
+    parser.add_argument("--tokens", type=int, default=256, help="of decoding [default: 256]")
+    parser.add_argument("--cfg", type=float, default=2.0, help="of decoding [default: 2]")
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--threads", type=int, help="[default: torch's]")
+    arguments = parser.parse_args()
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")     # the profiler's own chatter
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    original, preset = load_llamagen(arguments.llamagen), AR_PRESETS[arguments.preset]
+    if arguments.pixels:
+        report = bench_pixels(vq_pair(original, VQConfig()), 256, arguments.turns)
+    else:
+        dtype = torch.bfloat16 if arguments.bf16 and not arguments.train else torch.float32
+        pair = ar_pair(original, dtype, dim=preset.dim, n_layer=arguments.layers or preset.layers, n_head=preset.heads)
+        if arguments.train:
+            report = bench_training(pair, arguments.batch, arguments.turns, arguments.bf16)
+        else:
+            report = bench_decoding(pair, arguments.tokens, arguments.cfg, arguments.turns)
+    print(to_markdown(report))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""`arimg bench continuous`: the rows there should be, their counts, and the two formulas."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from arimg.bench.continuous import bench_continuous, expected, textbook, to_markdown
+from arimg.cli import main
+from arimg.errors import InputError
+from tests.models.toy_continuous import nearby
+from tests.toy import toy_pipeline
+from tests.toy_continuous import toy_continuous_pipeline
+
+
+def test_rows_of_mar_with_a_draft() -> None:
+    pipe = toy_continuous_pipeline("masked")
+    report = bench_continuous(pipe, nearby(pipe.transformer), [2], 8, 2.0, 2, 1)
+    rows = {row.decoder: row for row in report.rows}
+    plain, relaxed = rows["plain, 8 steps"], rows["cspd-relaxed W=2"]
+    assert plain.passes == 8 and plain.draft_passes == 0 and plain.head_tokens == 32 and math.isnan(plain.acceptance)
+    assert relaxed.passes == 1 + 4 and relaxed.draft_passes == 7 and relaxed.guarantee == "none"
+    assert rows["plain, 5 steps"].passes == 5, "the target alone, as often as it is asked in the relaxed scheme"
+    assert rows["cspd W=2"].guarantee == "same-law" and 0 <= rows["cspd W=2"].acceptance <= 1
+    page = to_markdown(report)
+    assert all(f"`{name}`" in page for name in rows)
+
+
+def test_rows_of_the_causal_model_without_a_draft() -> None:
+    report = bench_continuous(toy_continuous_pipeline("causal"), None, [4], None, None, 1, 1)
+    assert [row.decoder for row in report.rows] == ["plain, 16 steps", "jacobi-continuous W=4"]
+    assert math.isnan(report.draft_cost)
+
+
+def test_the_formula_gives_the_published_speed_ups() -> None:
+    """Spec, section 2.4: H with B, 5 % by the target, one cost ratio for all windows."""
+    published = {4: 1.62, 8: 1.96, 16: 2.20, 32: 2.33}
+    for window, value in published.items():
+        assert abs(expected(256, 13, window, 0.355) - value) < 0.07
+    assert abs(textbook(0.30, 4, 0.355) - 0.57) < 0.03 and textbook(1.0, 4, 0.25) == 2.5
+
+
+def test_models_with_codes_are_refused() -> None:
+    with pytest.raises(InputError, match="bench decode"):
+        bench_continuous(toy_pipeline(), None, [4], None, None, 1, 1)
+
+
+def test_command(tmp_path: Path) -> None:
+    folder = toy_continuous_pipeline("causal").save_pretrained(tmp_path / "model")
+    out = CliRunner().invoke(main, ["bench", "continuous", "--model", str(folder), "--window", "4", "-n", "1", "--repeats",
+                                    "1", "--dtype", "float32", "--json", str(tmp_path / "out.json")])
+    assert out.exit_code == 0, out.output
+    assert "jacobi-continuous" in out.output
+    assert json.loads((tmp_path / "out.json").read_text())["draft_cost"] is None
