@@ -68,6 +68,7 @@ class CallOptions:
     seed: int = 0                                           # picture k has seed + k
     seeds: Sequence[int] | None = None                      # one for each picture
     n: int = 1                                              # pictures per class or prompt
+    threads: int | None = None                              # of the decode on a CPU; None = see arimg/threads.py
     size: tuple[int, int] = (256, 256)                      # (height, width) in pixels; the model's own
     forced: Any = None                                      # codes (L) or (B, L) to keep; -1 = free
     forced_latents: Any = None              # the same for continuous tokens: (B or 1, C, h, w); NaN = free
@@ -83,6 +84,8 @@ class CallOptions:
         if self.resize not in RESIZE_MODES:
             raise UnknownNameError("resize mode", str(self.resize), RESIZE_MODES)
         check_count(self.n)
+        if self.threads is not None and self.threads < 1:
+            raise InputError(f"threads is {self.threads}; give at least 1, or leave it out")
         if self.steps is not None and self.steps < 1:
             raise InputError(f"steps is {self.steps}; a decoder needs at least 1 step")
 

@@ -15,15 +15,19 @@ from arimg.accel.audit import audit
 from arimg.accel.base import (DecodeRequest, DecodeResult, DecodeStats, Guidance, OnStep, Sampling, StepInfo,
                               check_order, find_decoder, token_scales)
 from arimg.accel.scale import latent_map
-from arimg.accel.target import Target
+from arimg.accel.target import Target, branch_scales
 from arimg.call import CallOptions, call_options, checked_size, image_seeds
 from arimg.checkpoints import PipelineSettings, find_model, load_component, read_index, save_pipeline
 from arimg.conditions import ControlMap, condition_of, control_maps, log, repeat_condition, repeat_rows
 from arimg.control.fusion import combine
 from arimg.devices import find_device, find_dtype, synchronize
 from arimg.errors import CheckpointError, InputError
+from arimg.inference import lay_out
 from arimg.models.base import order_of
 from arimg.models.text import TextEncoder
+from arimg.quantize import check_quantize
+from arimg.quantize import quantize as quantized
+from arimg.threads import cpu_threads, decode_threads
 
 
 class PipelineOutput(NamedTuple):
@@ -59,13 +63,15 @@ class Pipeline:
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path, device: str | torch.device = "auto",
                         dtype: str | torch.dtype = "auto", revision: str | None = None, local_files_only: bool = False,
-                        text: bool = True) -> "Pipeline":
+                        text: bool = True, quantize: str | None = None) -> "Pipeline":
         """Load an embedded model by its name, a pipeline folder, or a hub id.
 
         `dtype` "auto" is bfloat16 where the device multiplies it fast, else float32; the tokenizer keeps at least
-        float32. `text=False` leaves the text encoder out; captions are then given as `prompt_embeds`.
+        float32. `text=False` leaves the text encoder out; captions are then given as `prompt_embeds`. `quantize` "int8"
+        or "int4" stores the weights of the transformer's blocks so; such a pipeline is not saved.
         Raises UnknownNameError, CheckpointError, InputError (device, dtype), MissingExtraError (text encoder).
         """
+        check_quantize(quantize)
         folder = find_model(name_or_path, revision, local_files_only)
         index = read_index(folder)
         place = find_device(device)
@@ -76,8 +82,10 @@ class Pipeline:
         encoder = None
         if text and "text_encoder" in index.components:
             encoder = TextEncoder.from_folder(folder / "text_encoder", folder / "text_tokenizer", kind, place)
-        return cls(load_component(folder / "tokenizer", _at_least_float32(kind), place),
-                   load_component(folder / "transformer", kind, place),
+        transformer = load_component(folder / "transformer", kind, place)
+        if quantize is not None:
+            transformer = quantized(transformer, quantize)
+        return cls(load_component(folder / "tokenizer", _at_least_float32(kind), place), lay_out(transformer),
                    load_component(folder / "control", kind, place) if "control" in index.components else None,
                    encoder, index.settings)
 
@@ -118,6 +126,7 @@ class Pipeline:
                     part.to(_at_least_float32(target) if name == "tokenizer" else target)
                 else:
                     part.to(find_device(target))
+        lay_out(self.transformer)
         return self
 
     @torch.no_grad()
@@ -134,7 +143,8 @@ class Pipeline:
         clock = _Clock(self.device)
         request, maps = self._request(call)
         clock.lap("control")
-        result = decoder.decode(Target(self.transformer, request), request, self._on_step(call))
+        with cpu_threads(call.threads or decode_threads(self.transformer, _positions(decoder, request))):
+            result = decoder.decode(Target(self.transformer, request), request, self._on_step(call))
         clock.lap("tokens")
         latents_BChw = _latents(result, request).to(_at_least_float32(self.dtype))
         pictures = latents_BChw
@@ -292,6 +302,14 @@ def _latents(result: DecodeResult, request: DecodeRequest) -> Tensor:
         assert result.codes_BL is not None and request.space is not None
         latents_BLC = request.space.codebook_VC[result.codes_BL]
     return latent_map(latents_BLC, request.grid, request.space)
+
+
+def _positions(decoder: Any, request: DecodeRequest) -> int:
+    """That a pass reads in all rows, at most."""
+    branches = len(branch_scales(request.guidance, request.inject_KBLD is not None))
+    window = getattr(getattr(decoder, "window", None), "widest", 1)
+    width = min(window, request.length) if order_of(decoder) == "raster" else request.length
+    return len(request.seeds_B) * branches * width
 
 
 def _pixels(grid: tuple[int, int], stride: int) -> tuple[int, int]:

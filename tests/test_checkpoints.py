@@ -108,7 +108,7 @@ def test_config_errors(folder: Path) -> None:
     edit_json(part / CONFIG, codebok_size=3)
     assert "config.json: unknown key codebok_size; did you mean codebook_size?" in message(load_component, part)
     edit_json(part / CONFIG, _class_name="VQTokeniser")
-    assert "unknown class 'VQTokeniser'; did you mean VQTokenizer?" in message(load_component, part)
+    assert "unknown class 'VQTokeniser'; did you mean VQTokenizer or" in message(load_component, part)
     (part / CONFIG).write_text("{}")
     assert 'has no "_class_name"' in message(load_component, part)
     (part / CONFIG).unlink()

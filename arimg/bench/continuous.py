@@ -149,17 +149,18 @@ _COLUMNS = ("decoder", "guarantee", "target passes", "draft passes", "head token
 
 def to_markdown(report: ContinuousReport) -> str:
     """The report as a page."""
-    base = report.rows[0].seconds
+    base, cost = report.rows[0].seconds, ""
+    if not math.isnan(report.draft_cost):
+        cost = f" A draft step costs {report.draft_cost:.3f} of the target's."
     rows = [[f"`{row.decoder}`", row.guarantee, str(row.passes), str(row.draft_passes), str(row.head_tokens),
              _blank(row.acceptance), f"{row.accepted_length:.2f}", f"{row.seconds:.3f}", f"{base / row.seconds:.2f}x",
              _blank(row.formula)] for row in report.rows]
     return "\n".join([
         "# Decoders of continuous tokens side by side", "",
-        f"{report.pictures} pictures in one batch, cfg {report.cfg:g}, {report.repeats} repeats in turns; {report.dtype};"
-        f" {report.machine}. A draft step costs {_blank(report.draft_cost) or 'nothing: there is none'} of the target's.",
-        "", markdown_table(_COLUMNS, rows), "",
-        "`plain` with fewer steps: the target alone, with as many passes as a speculative decoder took. Formula: of the "
-        "released scheme, or of draft and verify with the measured acceptance."])
+        f"{report.pictures} pictures in one batch, cfg {report.cfg:g}, {report.repeats} repeats in turns; "
+        f"{report.dtype}; {report.machine}.{cost}", "", markdown_table(_COLUMNS, rows), "",
+        "`plain` with fewer steps: the target alone, with as many passes as a speculative decoder took. Formula: of "
+        "the released scheme, or of draft and verify with the measured acceptance."])
 
 
 def _blank(value: float) -> str:

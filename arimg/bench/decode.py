@@ -131,7 +131,8 @@ def find_scenes(pipe: Pipeline, files: Sequence[str], data: Path, count: int) ->
 def find_decoders(names: Sequence[str], windows: Sequence[int | str]) -> dict[str, Decoder]:
     """Decoders by the names of their rows, plain decoding first; one per window where a decoder has windows.
 
-    No names = all for codes in raster order that need no further parts. Raises UnknownNameError, and InputError on a decoder that needs parts.
+    No names = all for codes in raster order that need no further parts. Raises UnknownNameError, and InputError on a
+    decoder that needs parts.
     """
     decoders: dict[str, Decoder] = {}
     raster = [name for name in DECODERS.names() if order_of(DECODERS.load(name)) == "raster"]

@@ -69,7 +69,8 @@ def train(config: str, overrides: tuple[str, ...], steps: int, compare: bool, pr
     click.echo(to_markdown(report))
 
 
-@command.command("continuous", epilog="\b\nExample: arimg bench continuous --model mar-l --draft mar-b --steps 64 --cfg 3")
+@command.command("continuous", epilog="\b\nExample: arimg bench continuous --model mar-l --draft mar-b --steps 64 "
+                                      "--cfg 3")
 @click.option("--model", required=True, help="A pipeline folder or a hub id whose tokens are continuous.")
 @click.option("--draft", metavar="DIR", help="A smaller pipeline of the same kind and tokenizer: adds the speculative "
               "decoders.")

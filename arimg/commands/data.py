@@ -61,8 +61,8 @@ def index(folder: str, threads: int) -> None:
 def job_options(function: Callable[..., None]) -> Callable[..., None]:
     """CONFIG.yaml [KEY=VALUE]... --shard K/N."""
     for option in (
-            click.option("--shard", default="1/1", show_default=True, metavar="K/N",
-                         help="Make the K-th of N parts, K from 1 to N: one process for each."),
+            click.option("--shard", metavar="K/N", help="Make the K-th of N parts, K from 1 to N, one process for each "
+                         "[default: all; under torchrun each process its part]."),
             click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")):
         function = option(function)
     return function
@@ -75,7 +75,8 @@ def job_options(function: Callable[..., None]) -> Callable[..., None]:
 @job_options
 @click.option("--tokenizer", metavar="FOLDER", help="A tokenizer's component folder, for the emoji data.")
 @click.option("--data", metavar="FOLDER", help="Made by arimg data emoji [default: $ARIMG_HOME/data/emoji-128].")
-def codes(config: str | None, overrides: tuple[str, ...], shard: str, tokenizer: str | None, data: str | None) -> None:
+def codes(config: str | None, overrides: tuple[str, ...], shard: str | None, tokenizer: str | None,
+          data: str | None) -> None:
     """Encode all crops of all pictures ahead of training. Prints where the codes are.
 
     With CONFIG.yaml: those of the run's data.folder, into its data.cache. Without: the emoji pictures and their mirror
@@ -96,7 +97,7 @@ def codes(config: str | None, overrides: tuple[str, ...], shard: str, tokenizer:
 @click.argument("config", metavar="CONFIG.yaml")
 @job_options
 @click.option("--type", "kind", required=True, metavar="TYPE", help="Type of the control maps.")
-def maps(config: str, overrides: tuple[str, ...], shard: str, kind: str) -> None:
+def maps(config: str, overrides: tuple[str, ...], shard: str | None, kind: str) -> None:
     """Extract control maps of all crops ahead of training, for maps: cached. Prints where they are.
 
     What has been made before is not made again: after any interruption the same line goes on.
@@ -110,7 +111,7 @@ def maps(config: str, overrides: tuple[str, ...], shard: str, kind: str) -> None
                                     "text_encoder=flan-t5-xl --shard 3/64")
 @click.argument("config", metavar="CONFIG.yaml")
 @job_options
-def captions(config: str, overrides: tuple[str, ...], shard: str) -> None:
+def captions(config: str, overrides: tuple[str, ...], shard: str | None) -> None:
     """Compute the text features of all captions ahead of training. Prints where they are.
 
     Training reads them when data.cache is set and text_encoder is not.
@@ -140,14 +141,14 @@ def _load_run(config: str, overrides: tuple[str, ...]) -> Any:
     return load_run(Path(config), overrides)
 
 
-def _run(job: Job, shard: str) -> None:
+def _run(job: Job, shard: str | None) -> None:
     """One part of a job; prints the folders."""
     from tqdm import tqdm
 
     from arimg.train.jobs import Part
 
     with tqdm(desc="samples", unit="sample", file=sys.stderr) as bar:
-        caches = job.run(Part.parse(shard), bar.update)
+        caches = job.run(Part.parse(shard) if shard else Part.of_process(), bar.update)
     for cache in caches:
         click.echo(cache.folder)
 

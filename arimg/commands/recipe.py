@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _CONTROLS = "arimg.recipe.controls"         # key in ctx.meta: (source, picture) of each control
 # Never taken from a recipe, which may be a stranger's: what is read and written here, and where it runs.
-_CALLERS = ("control", "control_from", "output", "format_name", "json_path", "trace_path", "device")
+_CALLERS = ("control", "control_from", "output", "format_name", "json_path", "trace_path", "device", "threads")
 
 
 def record(options: dict[str, Any], sources: Sequence[str | None], maps: Sequence[Tensor]) -> dict[str, Any]:

@@ -40,6 +40,7 @@ _MODEL_DEFAULTS = ("decoder", "cfg", "control_cfg", "temperature", "top_k", "top
 @click.option("--decoder", metavar="NAME", help="How tokens are decoded [default: the model's].")
 @click.option("--window", type=WINDOW, metavar="W|auto", help="Positions that a pass of the decoder judges [default: "
               "the decoder's].")
+@click.option("--steps", type=int, metavar="N", help="Steps of decoders that have a number of them (masked: 64).")
 @click.option("--lossy", is_flag=True, help="Allow decoders that do not keep the model's law (gsd, zipar).")
 @click.option("--cfg", type=float, metavar="X", help="Guidance scale; 1 is none [default: the model's].")
 @click.option("--cfg-interval", type=INTERVAL, default="0:", metavar="A:B", help="Token positions A to B-1 are guided; "
@@ -53,6 +54,8 @@ _MODEL_DEFAULTS = ("decoder", "cfg", "control_cfg", "temperature", "top_k", "top
 @click.option("--size", type=SIZE, metavar="HxW", help="Height and width in pixels [default: the model's].")
 @click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda")
 @click.option("--dtype", default="auto", show_default=True, metavar="auto|float32|bfloat16|...")
+@click.option("--quantize", metavar="int8|int4", help="Store the weights of the transformer's blocks in 8 or 4 bits.")
+@click.option("--threads", type=int, help="CPU threads of the decode [default: as many as its size can use].")
 @click.option("-o", "--output", default="out.png", show_default=True, metavar="FILE")
 @click.option("--format", "format_name", metavar="png|webp|jpeg", help="[default: by the suffix of --output].")
 @click.option("--json", "json_path", metavar="FILE", help="Write seeds, passes, seconds and options there.")
@@ -64,7 +67,7 @@ _MODEL_DEFAULTS = ("decoder", "cfg", "control_cfg", "temperature", "top_k", "top
               help="Repeat a picture that arimg wrote; options given beside it win.")
 @click.pass_context
 def command(ctx: click.Context, output: str, format_name: str | None, json_path: str | None, trace_path: str | None,
-            model: str, device: str, dtype: str, **options: Any) -> None:
+            model: str, device: str, dtype: str, quantize: str | None, **options: Any) -> None:
     """Paint pictures along control images.
 
     Prints the names of the files it wrote. Each picture carries the command that made it and its control images: --from
@@ -84,11 +87,11 @@ def command(ctx: click.Context, output: str, format_name: str | None, json_path:
             _check_side_file(option, path, names)
     from arimg.pipeline import Pipeline
 
-    pipe = Pipeline.from_pretrained(model, device, dtype)
+    pipe = Pipeline.from_pretrained(model, device, dtype, quantize=quantize)
     options.update({name: getattr(pipe.settings, name) for name in _MODEL_DEFAULTS if options[name] is None})
     sources, options["control"] = recipe.controls(ctx, options["control"], options["control_from"])
     out = _paint(pipe, options)
-    typed = {**options, "model": model, "dtype": str(pipe.dtype).removeprefix("torch.")}
+    typed = {**options, "model": model, "quantize": quantize, "dtype": str(pipe.dtype).removeprefix("torch.")}
     record = recipe.record(typed, sources, out.maps)
     for name, picture, seeds in _pictures(names, out):
         images.save_image(picture, name, recipe.with_seeds(record, seeds), format_name)

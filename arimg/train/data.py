@@ -74,12 +74,12 @@ class Loader:
         """one(index, rng) for each sample, in order; each has a generator of its own, so that the result does not
         depend on the number of threads. Where `one` raises CorruptSample, it is counted, named in the log, and another
         training sample takes its place. Raises InputError when nothing can be read any more."""
-        rows = [(int(index), row) for row, index in enumerate(indices)]
-        return list(self.pool.map(lambda pair: self._one(one, *pair, (step, micro)), rows))
+        return list(self.pool.map(lambda index, row: self._one(one, int(index), (step, micro, row)),
+                                  indices, range(len(indices))))
 
-    def _one(self, one: Callable[[int, np.random.Generator], T], index: int, row: int, batch: tuple[int, int]) -> T:
+    def _one(self, one: Callable[[int, np.random.Generator], T], index: int, place: tuple[int, int, int]) -> T:
         for attempt in range(_PATIENCE):
-            rng = np.random.default_rng([self.seed, _SAMPLE, *batch, row, attempt])
+            rng = np.random.default_rng([self.seed, _SAMPLE, *place, attempt])
             try:
                 return one(index, rng)
             except CorruptSample as error:

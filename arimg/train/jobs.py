@@ -2,10 +2,12 @@
 
 `--shard K/N` takes every N-th group, from the K-th on; a group's file is written whole or not at all, and one that is
 there is not made again. So the same command line goes on after any interruption, and no part needs to know of another.
+Under torchrun or accelerate launch every process takes a part of its own.
 """
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +27,7 @@ from arimg.train.caches import CacheFolder, write_records
 from arimg.train.captions import FORMS, captions_cache, encoded, first_sentence, load_encoder
 from arimg.train.codes import LiveCodes, code_dtype, codes_cache
 from arimg.train.crops import Crop
+from arimg.train.data import processes
 from arimg.train.map_sources import as_png, maps_cache
 from arimg.train.sources import CorruptSample, Source, log, open_splits
 
@@ -48,6 +51,11 @@ class Part:
             raise InputError(f"--shard {text}: give K/N with K from 1 to N, for example 1/8 to 8/8")
         return Part(int(match[1]) - 1, int(match[2]))
 
+    @staticmethod
+    def of_process() -> "Part":
+        """That of this process among those that torchrun or accelerate launch has started; alone: everything."""
+        return Part(int(os.environ.get("RANK", 0)), processes())
+
 
 class Job:
     """What is made of every sample of a run's sources, one file per group."""
@@ -58,6 +66,8 @@ class Job:
             raise ConfigError(f"data.source={config.data.source}, data.cache={config.data.cache!r}: caches are for "
                               "folder and shards; name the folder that receives this one, data.cache=FOLDER")
         self.config = config
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         self.crop = Crop(config.data.crop, config.flip)
         self.size = (config.data.crop.size, config.data.crop.size)
         train, held_out = open_splits(config.data)

@@ -133,4 +133,5 @@ class Learner:
         by_number = {number: {key: split_like(value, trained[name]) if value.ndim else value
                               for key, value in moments[name].items()}
                      for number, name in enumerate(trained) if name in moments}
-        self.optimizer.load_state_dict({"state": by_number, "param_groups": self.optimizer.state_dict()["param_groups"]})
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": by_number, "param_groups": groups})

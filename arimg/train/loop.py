@@ -88,8 +88,8 @@ class Trainer:
         for k in range(accumulation):
             with self._gradients_shared(k == accumulation - 1):
                 passes.append(self._micro_step(k))
-        means: dict[str, Any] = {name: sum(one[name] for one in passes) / accumulation
-                                 for name, value in passes[0].items() if not isinstance(value, Tensor) or not value.ndim}
+        scalars = [name for name, value in passes[0].items() if not isinstance(value, Tensor) or not value.ndim]
+        means: dict[str, Any] = {name: sum(one[name] for one in passes) / accumulation for name in scalars}
         seen = {name: self.accelerator.gather(torch.cat([one[name] for one in passes]))
                 for name, value in passes[0].items() if name not in means}
         for name, learner in self.learners.items():
@@ -306,7 +306,7 @@ class Clock:
 
 
 def on_cpu() -> bool:
-    """Whether there is nothing but CPUs. Accelerate has to be told: else processes on CPUs would not find each other."""
+    """Whether there is nothing but CPUs. Accelerate has to be told, else processes on CPUs do not find each other."""
     return not torch.accelerator.is_available()
 
 
@@ -314,13 +314,13 @@ def checksum(batch: Batch) -> float:
     """A number that tells batches apart: CRC-32 of all their bytes."""
     total = 0
     for tensor in batch:
-        total = zlib.crc32(tensor.contiguous().view(torch.uint8).numpy(), total)
+        total = zlib.crc32(tensor.contiguous().view(torch.uint8).numpy().data, total)
     return float(total)
 
 
 def _pass_seed(seed: int, step: int, micro: int) -> int:
     """Of the random numbers that torch draws in one forward pass, such as dropout."""
-    return int(np.random.SeedSequence([seed, 5, step, micro]).generate_state(1, np.uint64)[0])
+    return int(np.random.default_rng([seed, 5, step, micro]).integers(2 ** 63))
 
 
 def _named_after_first(figures: dict[str, Any], first: str) -> dict[str, Any]:

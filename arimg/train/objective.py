@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from PIL import Image
 from torch import Tensor, nn
 
-from arimg.train.run import AdamWConfig, RunConfig
+from arimg.train.run import AdamWConfig
 
 Batch = tuple[Tensor, ...]
 Losses = dict[str, Tensor]
@@ -72,8 +72,8 @@ class SingleNetwork:
     """The part of an objective that is the same for all that train one network with forward(*batch) -> loss, figures
     and do nothing outside the gradient."""
 
-    config: RunConfig
-    network: nn.Module
+    config: Any         # a RunConfig of the objective
+    network: Any        # an nn.Module of the objective
 
     def players(self) -> dict[str, Player]:
         """The network."""

@@ -54,7 +54,7 @@ def _leave_none_behind(run: Path, step: int, damaged: bool) -> None:
     """Later checkpoints would be taken for the latest once more: damaged ones go, whole ones are the user's."""
     later = [path for path in list_checkpoints(run) if step_of(path) > step]
     if later and not damaged:
-        raise CheckpointError(f"{later[-1]}: lies ahead of where this run would go on; delete the later checkpoints, or "
+        raise CheckpointError(f"{later[-1]}: lies ahead of where this run would go on; delete later checkpoints, or "
                               "choose another name=...")
     for path in later:
         shutil.rmtree(path, ignore_errors=True)

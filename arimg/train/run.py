@@ -10,7 +10,6 @@ from arimg.errors import ConfigError, UnknownNameError
 from arimg.home import arimg_home
 from arimg.train.data_config import DataConfig
 
-
 SCHEDULES = ("constant", "cosine", "linear", "flat-linear", "decay")
 PRECISIONS = ("no", "bf16")
 SHARDINGS = ("none", "fsdp2")

@@ -16,7 +16,7 @@ import json
 import os
 import tarfile
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -197,7 +197,7 @@ class ShardSource:
         counts = [shard["samples"] for shard in index["shards"]]
         if index["format"] != FORMAT or self.records.dtype != RECORD or len(self.records) != sum(counts):
             raise InputError(f"{folder}: {INDEX_JSON} and {INDEX_NPY} do not fit; type: arimg data index {folder}")
-        self.groups = [Group(shard["name"], shard["samples"]) for shard in index["shards"]]
+        self.groups: Sequence[Group] = [Group(shard["name"], shard["samples"]) for shard in index["shards"]]
         self.table = _Table([group.name for group in self.groups], [shard["bytes"] for shard in index["shards"]],
                             np.concatenate([[0], np.cumsum(counts)]))
         self.class_names = tuple(index["class_names"])

@@ -66,7 +66,7 @@ class EmojiSource:
 
     def __init__(self, folder: Path) -> None:
         self.emoji = load_emoji(folder)
-        self.groups = (Group("emoji", len(self.emoji.images)),)
+        self.groups: Sequence[Group] = (Group("emoji", len(self.emoji.images)),)
         self.class_names = self.emoji.class_names
         self.fingerprint = self.emoji.fingerprint
 
@@ -110,8 +110,8 @@ class FolderSource:
         self.files = [files[i][0] for i in order]
         self._labels = np.array([files[i][1] for i in order], dtype=np.int32)
         self.class_names = tuple(classes)
-        self.groups = [Group(f"part-{start // _PART:05d}", min(_PART, len(files) - start))
-                       for start in range(0, len(files), _PART)]
+        self.groups: Sequence[Group] = [Group(f"part-{start // _PART:05d}", min(_PART, len(files) - start))
+                                        for start in range(0, len(files), _PART)]
         self.fingerprint = hashlib.sha256("\n".join(self.files).encode()).hexdigest()[:16]
 
     def __len__(self) -> int:

@@ -189,4 +189,5 @@ class TokenizerObjective:
 
 def stacked(examples: Sequence[Example]) -> Tensor:
     """images_B3HW in [-1, 1]."""
-    return to_images(np.stack([example.pixels_HW3 for example in examples]))     # type: ignore[arg-type]
+    pixels: list[Any] = [example.pixels_HW3 for example in examples]
+    return to_images(np.stack(pixels))

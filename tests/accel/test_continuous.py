@@ -136,9 +136,10 @@ def fresh_cache(model: Any, request: Any, canvas_BLC: torch.Tensor) -> Any:
     return contexts._cache
 
 
-@pytest.mark.parametrize("dtype,channels,temperature,cfg",
-                         [(torch.float32, 16, 0.5, 1.0), (torch.float32, 64, 1.3, 5.0), (torch.bfloat16, 16, 1.3, 5.0),
-                          (torch.bfloat16, 64, 0.5, 1.0)])
+@pytest.mark.parametrize("dtype,channels,temperature,cfg", [
+    (torch.float32, 64, 1.3, 5.0), (torch.bfloat16, 16, 0.5, 1.0),
+    pytest.param(torch.float32, 16, 0.5, 1.0, marks=pytest.mark.slow),
+    pytest.param(torch.bfloat16, 64, 1.3, 5.0, marks=pytest.mark.slow)])
 def test_no_nan(dtype: torch.dtype, channels: int, temperature: float, cfg: float) -> None:
     request = toy_request(2, cfg=cfg, temperature=temperature)
     causal, draft = (toy_causal(seed, latent_channels=channels).to(dtype) for seed in (0, 1))

@@ -51,8 +51,8 @@ def test_models_with_codes_are_refused() -> None:
 
 def test_command(tmp_path: Path) -> None:
     folder = toy_continuous_pipeline("causal").save_pretrained(tmp_path / "model")
-    out = CliRunner().invoke(main, ["bench", "continuous", "--model", str(folder), "--window", "4", "-n", "1", "--repeats",
-                                    "1", "--dtype", "float32", "--json", str(tmp_path / "out.json")])
+    out = CliRunner().invoke(main, ["bench", "continuous", "--model", str(folder), "--window", "4", "-n", "1",
+                                    "--repeats", "1", "--dtype", "float32", "--json", str(tmp_path / "out.json")])
     assert out.exit_code == 0, out.output
     assert "jacobi-continuous" in out.output
     assert json.loads((tmp_path / "out.json").read_text())["draft_cost"] is None

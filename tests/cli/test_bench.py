@@ -24,8 +24,7 @@ EMBEDDED = str(Path(arimg_package.__file__).parent / "assets" / "emoji" / "trans
 RECIPE = """\
 objective: tokenizer
 name: toy
-crop: 8
-data: {batch_size: 2}
+data: {batch_size: 2, crop: {kind: window, size: 8}}
 model: {codebook_size: 16, codebook_dim: 4, base_channels: 32, multipliers: [1, 1], res_blocks: 1, z_channels: 8}
 """
 

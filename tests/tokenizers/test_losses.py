@@ -13,8 +13,8 @@ from torchvision.models.vgg import cfgs, make_layers
 
 from arimg.errors import CheckpointError, ConfigError, UnknownNameError
 from arimg.features import EffnetLite0, FixedNetwork
-from arimg.tokenizers.losses import (GAN_LOSSES, Adversary, ImageLossConfig, PatchDiscriminator, PerceptualLoss, TokenizerLoss,
-                                     effnet_loss, hinge_discriminator, hinge_generator, lpips_vgg16,
+from arimg.tokenizers.losses import (GAN_LOSSES, Adversary, ImageLossConfig, PatchDiscriminator, PerceptualLoss,
+                                     TokenizerLoss, effnet_loss, hinge_discriminator, hinge_generator, lpips_vgg16,
                                      vanilla_discriminator, vanilla_generator)
 from arimg.tokenizers.vq import VQLosses
 

@@ -92,7 +92,8 @@ def on_disk(disk: Disk) -> Iterator[Disk]:
 
 
 def write(run: Path, step: int, keep: int = 1) -> None:
-    parts = {name: {"tensor": torch.full((50,), float(step)), "step": step} for name in ("loop", "a.weights", "b.weights")}
+    parts = {name: {"tensor": torch.full((50,), float(step)), "step": step}
+             for name in ("loop", "a.weights", "b.weights")}
     write_checkpoint(run, step, parts, {"config.yaml": f"step: {step}\n"}, keep)
 
 

@@ -243,6 +243,13 @@ def test_parts_are_counted_from_one(text: str) -> None:
     assert Part.parse("4/4") == Part(3, 4)
 
 
+def test_a_launcher_gives_every_process_its_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Part.of_process() == Part(0, 1)
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert Part.of_process() == Part(2, 8)
+
+
 def test_the_commands(root: Path, data: Path, tmp_path: Path) -> None:
     config = run(root, data, ControlRun, maps="cached")
     (tmp_path / "run.yaml").write_text(dump_config(config), encoding="utf-8")

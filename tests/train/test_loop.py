@@ -33,7 +33,8 @@ def arimg_home(tmp_path, monkeypatch):
 
 
 def tokenizer_run(name):
-    return TokenizerRun(objective="tokenizer", name=name, data=DataConfig(batch_size=2, crop=CropConfig("window", 8)), revive_every=2,
+    return TokenizerRun(objective="tokenizer", name=name, revive_every=2,
+                        data=DataConfig(batch_size=2, crop=CropConfig("window", 8)),
                         optim=OptimConfig(steps=STEPS, warmup_steps=1), train=LoopConfig(log_steps=1),
                         model=VQConfig(codebook_size=16, codebook_dim=4, base_channels=32, multipliers=(1, 1),
                                        res_blocks=1, z_channels=8))
@@ -136,15 +137,6 @@ def test_a_missing_checkpoint_to_resume_is_one_line():
         trainer.resume("elsewhere/checkpoint-9")
 
 
-def test_every_shipped_recipe_parses(pytestconfig):
-    recipes = sorted((pytestconfig.rootpath / "configs" / "train").rglob("*.yaml"))
-    needed = {"ar": ["tokenizer=somewhere"], "control": ["tokenizer=somewhere"], "tokenizer": [],
-              "tokenizer-decoder": ["init_from=somewhere"]}
-    assert {path.stem for path in recipes} == needed.keys()
-    for path in recipes:
-        assert load_run(path, needed[path.stem]).optim.steps > 0
-
-
 @pytest.mark.parametrize("text, error, message", [
     ("name: x\n", ConfigError, "has no objective"),
     ("objective: tokeniser\nname: x\n", UnknownNameError, "did you mean tokenizer"),
@@ -164,8 +156,9 @@ def test_recipe_faults_are_one_line(tmp_path, text, error, message):
 
 def test_launch_keeps_the_resolved_config(tmp_path):
     path = tmp_path / "run.yaml"
-    path.write_text("objective: tokenizer\nname: launched\ndata: {batch_size: 2, crop: {kind: window, size: 8}}\noptim: {steps: 1}\nmodel: "
-                    "{codebook_size: 16, base_channels: 32, multipliers: [1, 1], res_blocks: 1, z_channels: 8}\n")
+    path.write_text("objective: tokenizer\nname: launched\ndata: {batch_size: 2, crop: {kind: window, size: 8}}\n"
+                    "optim: {steps: 1}\nmodel: {codebook_size: 16, base_channels: 32, multipliers: [1, 1], "
+                    "res_blocks: 1, z_channels: 8}\n")
     folder = main(path, ["optim.lr=1e-3"])
     assert "lr: 0.001" in (folder.parent / "config.yaml").read_text()
 

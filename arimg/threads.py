@@ -1,0 +1,46 @@
+"""How many threads a decode runs on. Small products are over before a second thread has begun: the embedded model
+decodes plainly on one thread faster than on two (docs/bench.md)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+READ_RATE = 1e10            # bytes/s of weights that one thread reads
+PRODUCT_RATE = 5e10         # FLOP/s of one thread
+OPERATORS = 35              # of a transformer layer
+PAYS = 5e-5                 # seconds of work per operator from which several threads are faster
+
+_THREADS_VARIABLE = "OMP_NUM_THREADS"
+
+
+def decode_threads(network: nn.Module, positions: int) -> int | None:
+    """Threads for passes over so many positions (of all rows): 1, or None for torch's own number.
+
+    None as well off the CPU, for a network whose number of layers is not known, and where the user has set
+    OMP_NUM_THREADS.
+    """
+    weights = [*network.parameters(), *network.buffers()]
+    layers = getattr(getattr(network, "config", None), "layers", None)
+    if layers is None or weights[0].device.type != "cpu" or _THREADS_VARIABLE in os.environ:
+        return None
+    count = sum(weight.numel() for weight in weights)
+    seconds = max(sum(weight.nbytes for weight in weights) / READ_RATE, 2 * count * positions / PRODUCT_RATE)
+    return 1 if seconds < PAYS * OPERATORS * layers else None
+
+
+@contextmanager
+def cpu_threads(count: int | None) -> Iterator[None]:
+    """Let torch compute on `count` threads inside the block, and as before after it. None changes nothing."""
+    before = torch.get_num_threads()
+    if count is not None:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        if torch.get_num_threads() != before:
+            torch.set_num_threads(before)
