@@ -26,6 +26,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from arimg.config import from_dict, to_dict
 from arimg.errors import CheckpointError, ConfigError, UnknownNameError
@@ -199,7 +200,7 @@ def load_component(folder: str | Path, dtype: torch.dtype | None = None, device:
     config_class = typing.get_type_hints(network.__init__)["config"]
     try:
         config = from_dict(config_class, {key: value for key, value in content.items() if not key.startswith("_")})
-        with torch.device("meta"):
+        with torch.device("meta"), _Unfilled():
             module = network(config)
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from error
@@ -212,6 +213,17 @@ def load_component(folder: str | Path, dtype: torch.dtype | None = None, device:
                               "weights are floating-point numbers")
     load_state(module, state, str(folder))
     return module.to(device=device, dtype=dtype).eval()
+
+
+class _Unfilled(TorchFunctionMode):
+    """Constructors draw no initial weights: on the meta device there are none to fill, and torch would import its whole
+    compiler to find that out."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (Tensor.normal_, Tensor.uniform_) or getattr(func, "__module__", "") == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 def _network_class(path: Path, content: Mapping[str, Any]) -> Any:

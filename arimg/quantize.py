@@ -125,8 +125,8 @@ def quantize(network: nn.Module, name: str) -> nn.Module:
     check_quantize(name)
     blocks = getattr(network, "layers", None)
     if not isinstance(blocks, nn.ModuleList):
-        raise InputError(f"--quantize {name}: the network {type(network).__name__} has no blocks that are known to bear "
-                         "it; leave it out")
+        raise InputError(f"--quantize {name}: the network {type(network).__name__} has no blocks that are known to "
+                         "bear it; leave it out")
     if next(network.parameters()).device.type != "cpu":
         raise InputError(f"--quantize {name}: is made for CPUs, and the model is on "
                          f"{next(network.parameters()).device}; leave it out, or add --device cpu")

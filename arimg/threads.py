@@ -10,10 +10,9 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-READ_RATE = 1e10            # bytes/s of weights that one thread reads
-PRODUCT_RATE = 5e10         # FLOP/s of one thread
-OPERATORS = 35              # of a transformer layer
-PAYS = 5e-5                 # seconds of work per operator from which several threads are faster
+CACHED = 64e6               # bytes of weights up to which one thread is not held up by memory
+SMALL = 2e7                 # FLOPs of an average operator of a layer that are not worth a second thread
+OPERATORS = 35              # of a layer
 
 _THREADS_VARIABLE = "OMP_NUM_THREADS"
 
@@ -28,9 +27,9 @@ def decode_threads(network: nn.Module, positions: int) -> int | None:
     layers = getattr(getattr(network, "config", None), "layers", None)
     if layers is None or weights[0].device.type != "cpu" or _THREADS_VARIABLE in os.environ:
         return None
-    count = sum(weight.numel() for weight in weights)
-    seconds = max(sum(weight.nbytes for weight in weights) / READ_RATE, 2 * count * positions / PRODUCT_RATE)
-    return 1 if seconds < PAYS * OPERATORS * layers else None
+    flops = 2 * positions * sum(weight.numel() for weight in weights)
+    cached = sum(weight.nbytes for weight in weights) <= CACHED
+    return 1 if cached and flops <= SMALL * OPERATORS * layers else None
 
 
 @contextmanager

@@ -98,8 +98,8 @@ def bench_training(pair: ARPair, batch: int, turns: int, bfloat16: bool = False)
     rates = ", ".join(f"{_name(kind)} {clock.cpu_rate / 1e9:.1f} GFLOP/s" for kind, clock in clocks.items())
     precision = "bfloat16 autocast" if bfloat16 else "float32"
     return Comparison(f"training step, batch {batch} of {cells} tokens, {precision}", describe(CPU), turns,
-                      f"{flops / 1e9:.0f} GFLOP per step; GEMM 1024x1024x1024, per thread: {rates}; the share is of the {_name(dtype)} "
-                      "rate", agreement, _sides(laps, flops / clocks[dtype].cpu_rate, runs))
+                      f"{flops / 1e9:.0f} GFLOP per step; GEMM 1024x1024x1024, per thread: {rates}; the share is of "
+                      f"the {_name(dtype)} rate", agreement, _sides(laps, flops / clocks[dtype].cpu_rate, runs))
 
 
 def _step_phases(network: nn.Module, loss_of: Callable[[], torch.Tensor], optimizer: torch.optim.Optimizer,
@@ -118,7 +118,7 @@ def _step_phases(network: nn.Module, loss_of: Callable[[], torch.Tensor], optimi
 
 
 def _loss_difference(pair: ARPair, codes_BL: torch.Tensor, class_ids_B: torch.Tensor) -> str:
-    """Without dropout, which the original has in its training mode only: its inference arithmetic for the same codes."""
+    """Without dropout, which the original has in its training mode only: its inference arithmetic, same codes."""
     pair.theirs.eval()
     slots_S = torch.arange(codes_BL.shape[1])
     with torch.no_grad():
@@ -139,8 +139,9 @@ def bench_decoding(pair: ARPair, tokens: int, cfg: float, turns: int, operators:
     laps = compare(runs, [clock.measure], turns)
     dtype = _name(next(pair.ours.parameters()).dtype)
     return Comparison(f"{tokens} tokens, guidance {cfg:g}, batch 1, {dtype}", describe(CPU), turns,
-                      f"{read / 1e6:.0f} MB of weights per pass; reading 1 GiB, per thread: {clock.cpu_rate / 1e9:.1f} GB/s, so "
-                      f"a token takes {read / clock.cpu_rate * 1e3:.1f} ms of processor time at least",
+                      f"{read / 1e6:.0f} MB of weights per pass;"
+                      f" reading 1 GiB, per thread: {clock.cpu_rate / 1e9:.1f} GB/s, "
+                      f"so a token takes {read / clock.cpu_rate * 1e3:.1f} ms of processor time at least",
                       "each draws its own codes", _sides(laps, tokens * read / clock.cpu_rate, runs))
 
 
