@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -216,12 +217,12 @@ def load_component(folder: str | Path, dtype: torch.dtype | None = None, device:
 
 
 class _Unfilled(TorchFunctionMode):
-    """Constructors draw no initial weights: on the meta device there are none to fill, and torch would import its whole
-    compiler to find that out."""
+    """Constructors compute no initial weights: on the meta device there are none, and torch would import its whole
+    compiler to find that out, which takes longer than the decode of a small picture."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in (Tensor.normal_, Tensor.uniform_) or getattr(func, "__module__", "") == "torch.nn.init":
+        if func is F.normalize or getattr(func, "__module__", "") == "torch.nn.init":
             return args[0] if args else kwargs["tensor"]
         return func(*args, **kwargs)
 

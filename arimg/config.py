@@ -137,7 +137,9 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
         return Path(value)
     if isinstance(value, hint) and isinstance(value, bool) == (hint is bool):
         return value
-    raise ConfigError(f"{key} = {value!r}: needs {_KINDS.get(hint, hint)}")
+    quoting = "; YAML takes yes, no, on and off for true and false: put the text in quotes, \"'no'\""
+    raise ConfigError(f"{key} = {value!r}: needs {_KINDS.get(hint, hint)}"
+                      f"{quoting if hint is str and isinstance(value, bool) else ''}")
 
 
 def _convert_union(hint: Any, value: Any, key: str) -> Any:

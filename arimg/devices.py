@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import torch
 
 from arimg.errors import InputError, UnknownNameError
+
+log = logging.getLogger("arimg")
 
 DTYPES = {
     "float32": torch.float32, "fp32": torch.float32, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16,
@@ -37,6 +40,15 @@ def find_dtype(name: str | torch.dtype, device: torch.device) -> torch.dtype:
     if name not in DTYPES:
         raise UnknownNameError("dtype", name, ["auto", *DTYPES])
     return DTYPES[name]
+
+
+def training_precision(name: str, device: torch.device) -> str:
+    """The autocast to train in ("no", "bf16", "fp16"): "bf16" becomes "no" on a CPU that does not multiply it, where
+    emulated products take about eighty times as long as those of float32 (docs/bench.md). Logs that."""
+    if name == "bf16" and device.type == "cpu" and not _cpu_multiplies_bfloat16():
+        log.warning("precision bf16: this CPU has no bfloat16 units; the run computes in float32, which is faster here")
+        return "no"
+    return name
 
 
 def _cpu_multiplies_bfloat16() -> bool:

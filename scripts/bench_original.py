@@ -26,6 +26,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4, help="of --train [default: 4]")
     parser.add_argument("--tokens", type=int, default=256, help="of decoding [default: 256]")
     parser.add_argument("--cfg", type=float, default=2.0, help="of decoding [default: 2]")
+    parser.add_argument("--quantize", nargs="*", default=[], metavar="int8|int4", help="of our weights, for decoding")
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--threads", type=int, help="[default: torch's]")
     arguments = parser.parse_args()
@@ -41,7 +42,7 @@ def main() -> None:
         if arguments.train:
             report = bench_training(pair, arguments.batch, arguments.turns, arguments.bf16)
         else:
-            report = bench_decoding(pair, arguments.tokens, arguments.cfg, arguments.turns)
+            report = bench_decoding(pair, arguments.tokens, arguments.cfg, arguments.turns, arguments.quantize)
     print(to_markdown(report))
 
 

@@ -62,6 +62,8 @@ def test_round_trips(tmp_path: Path) -> None:
     (["optim.warmup=1.5"], "optim.warmup = 1.5: needs a whole number"),
     (["optim.warmup=true"], "optim.warmup = True: needs a whole number"),
     (["optim.lr=null"], "optim.lr = None: needs a number"),
+    (["title=no"], "title = False: needs a text; YAML takes yes, no, on and off for true and false: put the text in "
+                   "quotes, \"'no'\""),
     (["optim=3"], "optim = 3: needs keys of its own, those of Optim"),
     (["compile=1"], "compile = 1: needs true or false"),
     (["multipliers=3"], "multipliers = 3: needs a list"),

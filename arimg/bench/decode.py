@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from arimg.accel.audit import LIMIT, audit
 from arimg.accel.base import Decoder, DecodeRequest, DecodeResult, DecodeStats, Guarantee, OnStep
 from arimg.accel.cost import cost_curve
-from arimg.accel.target import Target
-from arimg.bench.machine import describe, markdown_table, median, timed
+from arimg.accel.target import Target, branch_scales
+from arimg.bench.machine import GemmClock, ReadClock, describe, markdown_table, median, read_weights, timed
 from arimg.bench.memory import peak_memory
 from arimg.control.base import build
 from arimg.data import load_emoji
@@ -30,6 +30,7 @@ from arimg.models.base import order_of
 from arimg.pipeline import Pipeline
 from arimg.registry import DECODERS
 
+RATE_TURNS = 5          # measurements of the machine's rates
 ORACLE = "ar"           # the plain decoder, which the others are compared with
 WHITE = 240             # an image token is white when all pixels of its patch are at least this bright
 
@@ -77,6 +78,9 @@ class DecodeReport:
     repeats: int
     decoders: tuple[DecoderCost, ...]
     pass_seconds: dict[float, dict[int, float]]     # cfg -> W -> seconds of one pass over W positions
+    limit_seconds: dict[float, dict[int, float]]    # the same at the machine's limit, see `pass_limits`
+    read_rate: float                                # bytes/s
+    gemm_rate: float                                # FLOP/s
 
 
 @dataclass
@@ -195,10 +199,25 @@ def bench_decode(pipe: Pipeline, model: str, scenes: Sequence[Scene], decoders: 
                     _measure(pipe, decoders[name], requests[cfg][picture], lap)
                     bar.update()
     curves = {cfg: cost_curve(Target(pipe.transformer, requests[cfg][0])) for cfg in cfgs}
+    reads, gemms = ReadClock(pipe.device), GemmClock(pipe.dtype, pipe.device)
+    for clock in (reads, gemms) * RATE_TURNS:
+        clock.measure()
+    limits = {cfg: pass_limits(pipe.transformer, len(branch_scales(one[0].guidance, one[0].inject_KBLD is not None)),
+                               curves[cfg], reads.rate, gemms.rate) for cfg, one in requests.items()}
     costs = tuple(_cost(pipe, name, decoders[name].guarantee, cfg, lap, laps.get((ORACLE, cfg)), requests[cfg])
                   for (name, cfg), lap in laps.items())
     return DecodeReport(model, describe(pipe.device), str(pipe.dtype).removeprefix("torch."), len(scenes),
-                        requests[cfgs[0]][0].length, repeats, costs, curves)
+                        requests[cfgs[0]][0].length, repeats, costs, curves, limits, reads.rate, gemms.rate)
+
+
+def pass_limits(network: nn.Module, rows: int, widths: Iterable[int], read_rate: float,
+                gemm_rate: float) -> dict[int, float]:
+    """W -> seconds that a pass over W positions of so many rows takes at least: reading all weights once, or two FLOPs
+    per weight and position, whichever is longer. Attention is left out."""
+    weights = read_weights(network)
+    read = sum(weight.nbytes for weight in weights) / read_rate
+    return {width: max(read, 2 * rows * width * sum(weight.numel() for weight in weights) / gemm_rate)
+            for width in widths}
 
 
 def _decode(pipe: Pipeline, decoder: Decoder, request: DecodeRequest) -> Callable[[], DecodeResult]:
@@ -289,13 +308,18 @@ def to_markdown(report: DecodeReport) -> str:
     curves = [[f"{cfg:g}", *(f"{seconds / curve[1]:.2f}" for seconds in curve.values()), f"{curve[1] * 1e3:.1f}"]
               for cfg, curve in report.pass_seconds.items()]
     widths = next(iter(report.pass_seconds.values()))
+    shares = [[f"{cfg:g}", *(f"{report.limit_seconds[cfg][width] / seconds:.0%}" for width, seconds in curve.items())]
+              for cfg, curve in report.pass_seconds.items()]
     return "\n".join([
         f"# {report.model}: decoders side by side", "",
         f"{report.pictures} pictures of {report.tokens} tokens, one at a time, {report.repeats} repeats in turns; "
         f"{report.dtype}; {report.machine}.", "",
         markdown_table(_COLUMNS, [_row(cost, plain.get(cost.cfg)) for cost in report.decoders]), "",
         "c(W), the cost of a pass over W positions relative to W = 1:", "",
-        markdown_table(["cfg", *map(str, widths), "W = 1, ms"], curves)])
+        markdown_table(["cfg", *map(str, widths), "W = 1, ms"], curves), "",
+        f"The same passes as a share of the machine's limit (reading 1 GiB: {report.read_rate / 1e9:.1f} GB/s; GEMM "
+        f"1024x1024x1024: {report.gemm_rate / 1e9:.1f} GFLOP/s):", "",
+        markdown_table(["cfg", *map(str, widths)], shares)])
 
 
 def _row(cost: DecoderCost, plain_seconds: float | None) -> list[str]:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
 from arimg.bench.machine import (GemmClock, Lap, Operator, ReadClock, count_flops, describe, lapped, markdown_table,
-                                 median, operator_table, top_operators)
+                                 median, operator_table, read_weights, top_operators)
 from arimg.bench.original import RECIPE, ARPair, VQPair
+from arimg.devices import training_precision
+from arimg.models.ar import ARTransformer
+from arimg.quantize import quantize
 
 CPU = torch.device("cpu")       # the original's loops are made for one device; this is the one that everybody has
 THEIRS, OURS = "original", "arimg"
@@ -42,10 +47,10 @@ class Comparison:
     sides: tuple[Side, ...]
 
     @property
-    def ratio(self) -> float:
-        """How many times as fast as the original, by processor time."""
-        theirs, ours = (list(side.phases.values())[-1].cpu_seconds for side in self.sides[:2])
-        return theirs / ours
+    def ratios(self) -> dict[str, float]:
+        """How many times as fast as the original each of ours is, by processor time."""
+        theirs, *ours = (side.phases["whole"].cpu_seconds for side in self.sides)
+        return {side.name: theirs / seconds for side, seconds in zip(self.sides[1:], ours)}
 
 
 Phases = dict[str, Callable[[], Any]]       # done in this order; each is on the clock by itself
@@ -78,28 +83,31 @@ def _sides(laps: dict[str, dict[str, Lap]], best: float, runs: dict[str, Phases]
 
 
 def bench_training(pair: ARPair, batch: int, turns: int, bfloat16: bool = False) -> Comparison:
-    """Forward, backward, and clipping with AdamW, on whole sequences; dropout as published. `bfloat16`: autocast."""
+    """Forward, backward, and clipping with AdamW, on whole sequences; dropout as published.
+
+    `bfloat16`: autocast for the original, and what a run of ours with precision bf16 does on this machine."""
     cells, vocabulary = pair.config.block_size, pair.config.vocab_size
     generator = torch.Generator().manual_seed(1)
     codes_BL = torch.randint(vocabulary, (batch, cells), generator=generator)
     class_ids_B = torch.randint(pair.config.num_classes, (batch,), generator=generator)
+    ours = torch.bfloat16 if bfloat16 and training_precision("bf16", CPU) == "bf16" else torch.float32
     pair.ours.eval()
     agreement = _loss_difference(pair, codes_BL, class_ids_B)
     pair.train()
     runs = {
         THEIRS: _step_phases(pair.theirs, lambda: pair.their_loss(codes_BL, class_ids_B), pair.their_optimizer(),
                              bfloat16),
-        OURS: _step_phases(pair.ours, lambda: pair.our_loss(codes_BL, class_ids_B), pair.our_optimizer(), bfloat16)}
+        OURS: _step_phases(pair.ours, lambda: pair.our_loss(codes_BL, class_ids_B), pair.our_optimizer(),
+                           ours == torch.bfloat16)}
     flops = count_flops(lambda: pair.our_loss(codes_BL, class_ids_B).backward())
     pair.ours.zero_grad()
-    dtype = torch.bfloat16 if bfloat16 else torch.float32
-    clocks = {torch.float32: GemmClock(torch.float32, CPU), dtype: GemmClock(dtype, CPU)}
+    clocks = {kind: GemmClock(kind, CPU) for kind in (torch.float32, *[torch.bfloat16] * bfloat16)}
     laps = compare(runs, [clock.measure for clock in clocks.values()], turns)
     rates = ", ".join(f"{_name(kind)} {clock.cpu_rate / 1e9:.1f} GFLOP/s" for kind, clock in clocks.items())
-    precision = "bfloat16 autocast" if bfloat16 else "float32"
+    precision = f"the original in bfloat16 autocast, arimg in {_name(ours)}" if bfloat16 else "float32"
     return Comparison(f"training step, batch {batch} of {cells} tokens, {precision}", describe(CPU), turns,
                       f"{flops / 1e9:.0f} GFLOP per step; GEMM 1024x1024x1024, per thread: {rates}; the share is of "
-                      f"the {_name(dtype)} rate", agreement, _sides(laps, flops / clocks[dtype].cpu_rate, runs))
+                      f"the {_name(ours)} rate", agreement, _sides(laps, flops / clocks[ours].cpu_rate, runs))
 
 
 def _step_phases(network: nn.Module, loss_of: Callable[[], torch.Tensor], optimizer: torch.optim.Optimizer,
@@ -129,12 +137,15 @@ def _loss_difference(pair: ARPair, codes_BL: torch.Tensor, class_ids_B: torch.Te
 
 
 @torch.no_grad()
-def bench_decoding(pair: ARPair, tokens: int, cfg: float, turns: int, operators: bool = True) -> Comparison:
-    """Plain decoding of one picture of `tokens` tokens."""
+def bench_decoding(pair: ARPair, tokens: int, cfg: float, turns: int, formats: Sequence[str] = ()) -> Comparison:
+    """Plain decoding of one picture of `tokens` tokens; ours also with weights quantised to each of `formats`."""
     pair.eval()
     runs: dict[str, Phases] = {THEIRS: {"codes": lambda: pair.their_codes(7, tokens, cfg)},
                                OURS: {"codes": lambda: pair.our_codes(7, tokens, cfg)}}
-    read = weight_bytes(pair.ours)
+    for name in formats:
+        small = replace(pair, ours=cast(ARTransformer, quantize(copy.deepcopy(pair.ours), name)))
+        runs[f"{OURS} {name}"] = {"codes": partial(small.our_codes, 7, tokens, cfg)}
+    read = sum(weight.nbytes for weight in read_weights(pair.ours))
     clock = ReadClock(CPU)
     laps = compare(runs, [clock.measure], turns)
     dtype = _name(next(pair.ours.parameters()).dtype)
@@ -161,21 +172,16 @@ def bench_pixels(pair: VQPair, side: int, turns: int) -> Comparison:
                       _sides(laps, flops / clock.cpu_rate, runs))
 
 
-def weight_bytes(network: nn.Module) -> int:
-    """Bytes of weights that one pass reads: all but the rows of embedding tables that it does not look up."""
-    tables = {id(module.weight) for module in network.modules() if isinstance(module, nn.Embedding)}
-    return sum(weight.nbytes for weight in (*network.parameters(), *network.buffers()) if id(weight) not in tables)
-
-
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
 def to_markdown(comparison: Comparison) -> str:
     """The comparison as a page."""
+    phases = [phase for phase in comparison.sides[0].phases if len(comparison.sides[0].phases) > 2 or phase != "whole"]
     rows = [[phase, *[cell for side in comparison.sides for cell in
                       (f"{side.phases[phase].seconds:.3f}", f"{side.phases[phase].cpu_seconds:.3f}")]]
-            for phase in comparison.sides[0].phases]
+            for phase in phases]
     rows.append(["share of the limit", *[cell for side in comparison.sides for cell in (f"{side.share:.0%}", "")]])
     header = ["", *[cell for side in comparison.sides for cell in (f"{side.name}, s", "CPU s")]]
     return "\n\n".join([
@@ -183,5 +189,6 @@ def to_markdown(comparison: Comparison) -> str:
         f"Medians of {comparison.turns} turns; {comparison.machine}. {comparison.limit}. "
         f"{comparison.agreement[0].upper()}{comparison.agreement[1:]}.",
         markdown_table(header, rows),
-        f"By processor time arimg is {comparison.ratio:.2f} times as fast as the original.",
+        "By processor time " + ", ".join(f"{name} is {ratio:.2f} times as fast as the original"
+                                         for name, ratio in comparison.ratios.items()) + ".",
         *[operator_table(f"operator of {side.name}", side.operators) for side in comparison.sides]])

@@ -75,13 +75,13 @@ def bench_train(config: RunConfig, steps: int = 8, compare_compiled: bool = Fals
     for network in trainer.networks.values():
         network.train()
     variants = _variants(trainer, config.train.compile, compare_compiled)
-    gemms = _gemm_clocks(config.train.precision, trainer.accelerator.device)
+    gemms = _gemm_clocks(trainer.accelerator.mixed_precision, trainer.accelerator.device)
     flops = _step_flops(trainer)
     laps = _run(trainer, variants, gemms, steps)
     trainer.networks = {name: learner.network for name, learner in trainer.learners.items()}
     operators = top_operators(trainer.train_step, trainer.accelerator.device)
     rates = {name: clock.rate for name, clock in gemms.items()}
-    precision = _name(_PRECISIONS[config.train.precision])
+    precision = _name(_PRECISIONS[trainer.accelerator.mixed_precision])
     times = tuple(_times(name, lap, config.data.batch_size, flops, rates[precision])
                   for name, lap in laps.items())
     parameters = sum(weight.numel() for network in trainer.networks.values() for weight in network.parameters()

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from arimg.config import dump_config
+from arimg.devices import training_precision
 from arimg.errors import CheckpointError
 from arimg.train.checkpointing import write_checkpoint
 from arimg.train.interrupt import Interrupt
@@ -62,7 +63,8 @@ class Trainer:
         self.folder = config.folder()
         self.folder.mkdir(parents=True, exist_ok=True)
         trackers = check_trackers(config.train.trackers)
-        self.accelerator = Accelerator(cpu=on_cpu(), mixed_precision=config.train.precision,
+        precision = training_precision(config.train.precision, torch.device("cpu" if on_cpu() else "cuda"))
+        self.accelerator = Accelerator(cpu=on_cpu(), mixed_precision=precision,
                                        log_with=trackers or None, project_dir=str(self.folder))
         assert self.accelerator.num_processes == int(os.environ.get("WORLD_SIZE", 1)), "processes that never meet"
         if config.train.threads:

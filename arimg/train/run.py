@@ -89,7 +89,7 @@ class RunConfig:
     """Fields shared by all objectives; each objective's own config extends it. A resumed run may differ from its
     checkpoint in FREE alone."""
 
-    FREE: ClassVar[tuple[str, ...]] = ("name", "init_from", "optim.steps", "train", "settings")
+    FREE: ClassVar[tuple[str, ...]] = ("name", "init_from", "data.workers", "optim.steps", "train", "settings")
 
     objective: str = ""
     name: str = ""                  # run folder: $ARIMG_HOME/runs/NAME

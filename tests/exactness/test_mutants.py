@@ -20,7 +20,7 @@ from tests.exactness.mutants import (BlockTest, ForgottenLaw, GenerousMatch, Min
                                      ThresholdReuse, Truncated)
 from tests.exactness.tiny import Case
 
-CODEBOOK = SimpleNamespace(codebook_VC=0.1 * torch.randn(3, 2, generator=torch.Generator().manual_seed(0)))
+CODEBOOK = SimpleNamespace(scales=None, codebook_VC=0.1 * torch.randn(3, 2, generator=torch.Generator().manual_seed(0)))
 LINE = Case(3, (1, 5), seed=2, space=CODEBOOK)
 PAIR = Case(2, (1, 4), classes=(0, 1))
 
