@@ -1,4 +1,4 @@
-"""Paint the picture at the top of the README: `python scripts/make_gallery.py docs/demo.png`."""
+"""Paint the picture at the top of the README: `python scripts/make_gallery.py docs/gallery.png`."""
 
 from __future__ import annotations
 
@@ -7,11 +7,20 @@ from pathlib import Path
 
 from arimg import Pipeline, images
 
-ROWS = {
-    "canny.png": "animals", "canny-lion.png": "animals", "canny-doughnut.png": "food", "softedge-lion.png": "animals",
-    "lineart-sunflower.png": "animals", "drawn-fish.png": "animals", "color-lion.png": "animals",
-    "color-strawberry.png": "food",
-}
+ROWS = (            # file below examples/, control type, group of the class
+    ("canny.png", "canny", "animals"),
+    ("canny-lion.png", "canny", "animals"),
+    ("canny-doughnut.png", "canny", "food"),
+    ("softedge-lion.png", "softedge", "animals"),
+    ("lineart-sunflower.png", "lineart", "animals"),
+    ("drawn-fish.png", "lineart", "animals"),
+    ("foreign/drawn/apple.png", "lineart", "food"),
+    ("foreign/clipart/turtle.png", "canny", "animals"),
+    ("foreign/photos/coffee.png", "canny", "food"),
+    ("foreign/photos/astronaut.png", "canny", "people"),
+    ("color-lion.png", "color", "animals"),
+    ("color-strawberry.png", "color", "food"),
+)
 STYLES = ("noto", "twemoji", "fluent", "fluent3d")
 
 
@@ -23,9 +32,8 @@ def main() -> None:
     arguments = parser.parse_args()
     pipe = Pipeline.from_pretrained(arguments.model)
     tiles = []
-    for name, group in ROWS.items():
+    for name, kind, group in ROWS:
         control = images.load_image(Path("examples") / name)
-        kind = name.removesuffix(".png").split("-")[0].replace("drawn", "lineart")
         classes = [f"{style}/{group}" for style in STYLES]
         tiles += [control, *pipe(control=control, control_type=kind, class_name=classes, n=2).images]
     images.save_image(images.make_grid(tiles, columns=1 + 2 * len(STYLES)), arguments.output)
