@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from arimg.errors import CheckpointError
 from arimg.interop.llamagen import ar_config_from_llamagen, infer_ar_config
-from arimg.interop.var import infer_var_config, transformer_from_var, var_config_from_release
+from arimg.interop.var import infer_var_config, is_var, transformer_from_var, var_config_from_release
 
 _STUDENT = ("n_d_embed.", "layerwise_n_d_embed.", "final_layer_conti.")     # beside the teacher's own keys
 
@@ -20,9 +21,17 @@ def is_student(state: Mapping[str, Tensor]) -> bool:
 
 
 def student_from_dd(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict of an ARStudent or a VARStudent."""
-    return {key if key.startswith(_STUDENT) else f"backbone.{key}": tensor
-            for key, tensor in transformer_from_var(state).items()}
+    """The state dict of an ARStudent or a VARStudent. A VAR student whose blocks read the noise/data embedding as it is
+    (`layerwise_n_d_embed=False`) gets layers that leave it so."""
+    student = {key if key.startswith(_STUDENT) else f"backbone.{key}": tensor
+               for key, tensor in transformer_from_var(state).items()}
+    if is_var(state) and "layerwise_n_d_embed.0.weight" not in state:
+        table_2D = state["n_d_embed.weight"]
+        blocks = {key.split(".")[1] for key in state if key.startswith("blocks.")}
+        for layer in range(len(blocks) + 1):
+            student[f"layerwise_n_d_embed.{layer}.weight"] = torch.eye(table_2D.shape[1]).to(table_2D)
+            student[f"layerwise_n_d_embed.{layer}.bias"] = torch.zeros_like(table_2D[0])
+    return student
 
 
 def ar_student_config_from_dd(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -42,10 +51,8 @@ def infer_ar_student_config(state: Mapping[str, Tensor], heads: int | None = Non
 
 def var_student_config_from_dd(config: Mapping[str, Any]) -> dict[str, Any]:
     """Keyword arguments for the VARConfig of a VARStudent from the original's arguments. Raises CheckpointError."""
-    known = {name: value for name, value in config.items() if name not in ("note", "layerwise_n_d_embed")}
-    if not config.get("layerwise_n_d_embed", True):
-        raise CheckpointError("a student without layerwise_n_d_embed: no published one is so; give a published file")
-    return var_config_from_release(known)
+    return var_config_from_release({name: value for name, value in config.items()
+                                    if name not in ("note", "layerwise_n_d_embed")})
 
 
 def infer_var_student_config(state: Mapping[str, Tensor], heads: int | None = None) -> dict[str, Any]:

@@ -25,12 +25,11 @@ from arimg.models.layers import MLP
 from arimg.models.students import LatentTransformer
 from arimg.models.var import VARConfig, VARTransformer
 
-TIME_SCALE = 1000.0         # of the head's time input; the paper does not say
-
 
 class _Generator(nn.Module):
     """What both kinds share. `backbone` keeps the teacher's slots, cache and places of control."""
 
+    config: Any
     backbone: Any
     head: HeadMLP
     latent_dim: int
@@ -55,7 +54,7 @@ class _Generator(nn.Module):
 
     def velocity(self, x_NC: Tensor, t_N1: Tensor, feature_ND: Tensor) -> Tensor:
         """v_NC at x_t; t in [0, 1], 1 = noise."""
-        return self.head(x_NC, TIME_SCALE * t_N1[..., 0], feature_ND)
+        return self.head(x_NC, self.config.time_scale * t_N1[..., 0], feature_ND)
 
     def forward(self, read_BNC: Tensor, noise_BLC: Tensor, condition: Condition, grid: tuple[int, int],
                 inject_KBLD: Tensor | None = None) -> Tensor:
@@ -66,11 +65,13 @@ class _Generator(nn.Module):
 
 @dataclass(frozen=True)
 class ARGeneratorConfig(ARConfig):
-    """The teacher's shape, the tokenizer's latent channels, the head's size (those that give the paper's totals)."""
+    """The teacher's shape, the tokenizer's latent channels, the head's size (those that give the paper's totals), and
+    what the head multiplies t with (the paper does not say)."""
 
     latent_dim: int = 8
     head_width: int = 1024
     head_depth: int = 4
+    time_scale: float = 1000.0
 
 
 class ARGenerator(_Generator):
@@ -102,10 +103,11 @@ class ARGenerator(_Generator):
 
 @dataclass(frozen=True)
 class VARGeneratorConfig(VARConfig):
-    """The teacher's shape and the head's size."""
+    """The teacher's shape, the head's size and time scale; see ARGeneratorConfig."""
 
     head_width: int = 1024
     head_depth: int = 4
+    time_scale: float = 1000.0
 
 
 class VARGenerator(_Generator):

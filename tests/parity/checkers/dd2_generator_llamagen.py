@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from math import isqrt
 from typing import Any
 
@@ -11,7 +12,6 @@ from torch import Tensor
 from arimg.accel.base import DecodeRequest
 from arimg.accel.dd2 import ar_diffusion, shifted
 from arimg.interop.llamagen import ar_config_from_llamagen
-from arimg.models import generators
 from arimg.models.base import Condition
 from arimg.models.generators import ARGenerator, ARGeneratorConfig
 from arimg.tokenizers.vq import VQSpace
@@ -19,7 +19,7 @@ from arimg.train.dd_losses import noised
 from tests.parity.fixture import Fixture
 
 OURS = ("codebook_dim", "head_width", "head_depth", "time_embedding_scale")
-EULER_STEPS = 10        # of the AR-diffusion sampler, as the fixture's description says
+EULER_STEPS = re.compile(r"(\d+) uniform Euler steps")      # in the description of the AR-diffusion sampler's tokens
 
 
 @torch.no_grad()
@@ -33,16 +33,17 @@ def check(fixture: Fixture) -> None:
     read_BNC = shifted(fixture["in.noise"], space)
     null = network.backbone.null(condition)
     fixture.compare("out.features_null", network.features(read_BNC, null, grid))
-    fixture.compare("out.ar_diffusion_tokens", ar_diffusion(network, fixture["in.noise"], request, EULER_STEPS))
+    steps = EULER_STEPS.search(fixture.spec["tensors"]["out.ar_diffusion_tokens"]["meaning"])
+    assert steps is not None
+    fixture.compare("out.ar_diffusion_tokens", ar_diffusion(network, fixture["in.noise"], request, int(steps[1])))
 
 
 def build(fixture: Fixture) -> ARGenerator:
     """The network of the fixture's config with its weights."""
     given = fixture.spec["config"]
-    assert given["time_embedding_scale"] == generators.TIME_SCALE
     config = ar_config_from_llamagen({name: value for name, value in given.items() if name not in OURS})
     network = ARGenerator(ARGeneratorConfig(**config, latent_dim=given["codebook_dim"], head_width=given["head_width"],
-                                            head_depth=given["head_depth"]))
+                                            head_depth=given["head_depth"], time_scale=given["time_embedding_scale"]))
     network.load_state_dict(fixture.state_dict())
     return network.eval()
 

@@ -9,7 +9,6 @@ from arimg.accel.base import DecodeRequest, Guidance, Sampling
 from arimg.accel.dd2 import shifted
 from arimg.accel.target import Target
 from arimg.interop.var import transformer_from_var, var_config_from_release
-from arimg.models import generators
 from arimg.models.base import Condition
 from arimg.models.generators import VARGenerator, VARGeneratorConfig
 from tests.parity.checkers.dd2_generator_llamagen import OURS, check_passes
@@ -37,9 +36,9 @@ def check(fixture: Fixture) -> None:
 def build(fixture: Fixture) -> VARGenerator:
     """The network of the fixture's config with its weights."""
     given = fixture.spec["config"]
-    assert given["time_embedding_scale"] == generators.TIME_SCALE
     config = var_config_from_release({name: value for name, value in given.items() if name not in OURS})
-    network = VARGenerator(VARGeneratorConfig(**config, head_width=given["head_width"], head_depth=given["head_depth"]))
+    network = VARGenerator(VARGeneratorConfig(**config, head_width=given["head_width"], head_depth=given["head_depth"],
+                                              time_scale=given["time_embedding_scale"]))
     state = transformer_from_var(fixture.state_dict())
     network.load_state_dict({key: tensor for key, tensor in state.items() if key.startswith(("backbone.", "head."))})
     return network.eval()

@@ -44,9 +44,11 @@ def build(fixture: Fixture) -> MultiscaleTokenizer:
     config = multiscale_config_from_var({"using_znorm": z_norm, **fixture.spec["config"]})
     state = fixture.state_dict()
     inferred = infer_multiscale_config(state, config.scales)
-    assert config == replace(inferred, phis=config.phis, residual_ratio=config.residual_ratio, z_norm=config.z_norm)
+    unseen = {name: getattr(config, name) for name in ("phis", "residual_ratio", "z_norm", "commit_beta")}
+    assert config == replace(inferred, **unseen)
     assert config.phi_count == inferred.phi_count
-    chosen = [phi_of_scale(k, len(config.scales), config.phi_count) for k in range(len(config.scales))]
+    count = len(config.scales)
+    chosen = [phi_of_scale(k, count, config.phis or count) for k in range(count)]
     assert chosen == fixture.settings.get("phi_index_per_scale", chosen)
     tokenizer = MultiscaleTokenizer(config)
     tokenizer.load_state_dict(multiscale_from_var(state))
