@@ -69,6 +69,17 @@ def test_released_var_students_fit(depth: int) -> None:
     assert same_layout(student, student_from_dd(state))
 
 
+@torch.no_grad()
+def test_var_student_that_reads_the_noise_data_embedding_as_it_is() -> None:
+    config = VARConfig(vocab_size=5, codebook_dim=2, scales=((1, 1), (2, 2)), dim=8, layers=2, heads=2, num_classes=3)
+    original = {key.removeprefix("backbone."): tensor for key, tensor in VARStudent(config).state_dict().items()
+                if not key.startswith("layerwise_n_d_embed.")}
+    student = VARStudent(config)
+    student.load_state_dict(student_from_dd(original))
+    for layer in student.layerwise_n_d_embed:
+        assert torch.equal(layer(original["n_d_embed.weight"]), original["n_d_embed.weight"])
+
+
 @pytest.fixture(scope="module")
 def fixture() -> Fixture:
     return load(PARITY / "dd1_llamagen_student.safetensors")

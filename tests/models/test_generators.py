@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -43,6 +44,15 @@ def tokens(generator: Any, noise: Tensor, condition: Condition, inject: Tensor |
     """tokens_BLC of one step."""
     result: Tensor = generator(shifted(noise, SPACE), noise, condition, GRID, inject)
     return result
+
+
+@torch.no_grad()
+def test_time_scale() -> None:
+    generator = toy_generator()
+    noise, feature, t = toy_latents(1), torch.randn(1, LENGTH, generator.config.dim).double(), torch.rand(1, LENGTH, 1)
+    twice = ARGenerator(replace(generator.config, time_scale=2000.0)).double()
+    twice.load_state_dict(generator.state_dict())
+    torch.testing.assert_close(twice.velocity(noise, t / 2, feature), generator.velocity(noise, t, feature))
 
 
 @pytest.mark.parametrize("kind", CONDITIONS)

@@ -13,7 +13,8 @@ def check(fixture: Fixture) -> None:
     """Compare the probabilities of every entry of settings.probs, and the guided logits."""
     logits_B1V = fixture["in.logits"]
     for index, entry in enumerate(fixture.settings["probs"]):
-        sampling = Sampling(entry["temperature"], entry["top_k"], entry["top_p"])
+        top_p = entry["top_p"] or torch.finfo().tiny        # 0 keeps the best code alone
+        sampling = Sampling(entry["temperature"], entry["top_k"], top_p)
         fixture.compare(f"out.probs_{index}", filter_probs(logits_B1V, sampling)[:, -1])
     if "out.guided" in fixture:
         scales = branch_scales(Guidance(cfg=fixture.settings["cfg_scale"]), controlled=False)
