@@ -33,22 +33,17 @@ class Purpose(IntEnum):
     POSTERIOR = 9   # samples of an autoencoder's posterior
 
 
-def _mulhilo(multiplier: int, word: Tensor) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of a 32x32-bit product held in int64 (the wrapped high half is recovered by the mask)."""
-    product = word * multiplier
-    return (product >> 32) & _MASK, product & _MASK
-
-
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
     """Four 32-bit words (int64 tensors in [0, 2**32)) for broadcastable counter and key words."""
     c0, c1, c2, c3 = counter
-    k0, k1 = key
-    for _ in range(_ROUNDS):
-        high0, low0 = _mulhilo(_MULTIPLIERS[0], c0)
-        high1, low1 = _mulhilo(_MULTIPLIERS[1], c2)
-        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
-        k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
-    return c0, c1, c2, c3
+    rounds = torch.arange(_ROUNDS, device=c0.device).view(-1, *[1] * c0.ndim)
+    keys = zip(*((word + rounds * step).unbind() for word, step in zip(key, _WEYL)))
+    for k0, k1 in keys:
+        # c1, c3 and the shifted products carry bits above 32 that mean nothing, until the mask
+        low0, low1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        c0, c2 = (((low >> 32) ^ word ^ k) & _MASK for low, word, k in ((low1, c1, k0), (low0, c3, k1)))
+        c1, c3 = low1, low0
+    return c0, c1 & _MASK, c2, c3 & _MASK
 
 
 @dataclass(frozen=True)

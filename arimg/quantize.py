@@ -1,15 +1,21 @@
-"""Weight-only quantisation: the weights of Linear layers in 8 or 4 bits, activations in the network's precision.
+"""Linear layers with small weights: 16, 8 or 4 bits each. Activations keep the network's precision.
 
-int8: w = scale_n * code, one scale per output channel. int4: w = scale * (code - 8) + zero for groups of 64 inputs.
-Products accumulate in float32; activations and results are rounded to bfloat16, as torch's kernels want it. Narrow
-passes, whose time is the reading of weights, take those kernels where they run; else the weights are multiplied as
-floats with the same rounding.
+fp16: the weight, rounded. int8: w = scale_n * code, one scale per output channel. int4: w = scale * (code - 8) + zero
+for groups of 64 inputs.
+
+int8 multiplies whole numbers. A row of activations is written as x = top / 63 (high + low / 126) with whole |high|,
+|low| <= 63, which keeps 14 bits, and both digits go through one product, whose sums are exact: a row's result depends
+on no other row and not on how many there are. Seven bits because CPUs without VNNI add pairs of products in 16 bits.
+
+All three are the reading of fewer bytes, which is the time of a narrow pass (docs/bench.md). A kernel that torch lacks
+or that does not run here is replaced by a slower one, with a notice.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
 
@@ -22,27 +28,32 @@ from arimg.errors import CheckpointError, InputError, UnknownNameError
 log = logging.getLogger("arimg")
 
 GROUP = 64              # inputs that share a scale in int4
-NARROW = 16             # rows up to which torch's int8 kernel beats a product of floats (docs/bench.md)
+NARROW = 16             # rows up to which torch's kernel for bfloat16 times int8 beats a product of floats
+HEADS = ("output", "head")      # attributes under which networks keep the layer that makes logits
 _INT4_ROWS = 16         # the int4 kernel wants multiples of it
+_DIGIT = 63             # |high| and |low| at most
+_ZERO = 64              # the code of 0 in the unsigned activations
 
 
 class WeightOnlyLinear(nn.Module):
-    """What the quantised layers share: any leading axes, a bias, the input's precision. They cannot be saved."""
+    """What the layers share: any leading axes, a bias, the input's precision. They cannot be saved."""
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, linear: nn.Linear, bits: float) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.numbers = linear.weight.numel()            # of weights
+        self.stored_bytes = int(self.numbers * bits / 8)
         self.bias = linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) to (..., out), of the input's dtype."""
-        out_MN = self.product(x.reshape(-1, self.in_features).bfloat16()).to(x.dtype)
+        out_MN = self.product(x.reshape(-1, self.in_features)).to(x.dtype)
         if self.bias is not None:
             out_MN = out_MN + self.bias.to(x.dtype)
         return out_MN.view(*x.shape[:-1], self.out_features)
 
     def product(self, x_MK: Tensor) -> Tensor:
-        """bfloat16 (M, N) of bfloat16 rows."""
+        """(M, N) of rows, float32 or bfloat16."""
         raise NotImplementedError
 
     def _apply(self, fn: Any, recurse: bool = True) -> "WeightOnlyLinear":
@@ -57,57 +68,93 @@ class WeightOnlyLinear(nn.Module):
                               "quantize when it is loaded")
 
 
-class Int8Linear(WeightOnlyLinear):
-    """Symmetric, one scale per output channel."""
-
-    codes_NK: Tensor
-    scale_N: Tensor
+class HalfLinear(WeightOnlyLinear):
+    """Weights in float16, activations and sums in float32; weights beyond 65504 become that."""
 
     def __init__(self, linear: nn.Linear) -> None:
-        super().__init__(linear)
-        weight_NK = linear.weight.detach().float()
-        scale_N = (weight_NK.abs().amax(1).clamp_min(1e-12) / 127).bfloat16()
-        codes_NK = (weight_NK / scale_N.float()[:, None]).round().clamp(-127, 127)
-        self.register_buffer("codes_NK", codes_NK.to(torch.int8).contiguous())
-        self.register_buffer("scale_N", scale_N)
+        super().__init__(linear, bits=16)
+        weight_NK = linear.weight.detach().float().clamp(-65504, 65504)
+        self.packed = torch.ops.quantized.linear_prepack_fp16(weight_NK, None) if _runs("fp16") else weight_NK.half()
 
     def product(self, x_MK: Tensor) -> Tensor:
         """See WeightOnlyLinear."""
-        if len(x_MK) <= NARROW and _runs("_weight_int8pack_mm", x_MK.device):
-            return torch.ops.aten._weight_int8pack_mm(x_MK, self.codes_NK, self.scale_N)
-        return (F.linear(x_MK.float(), self.codes_NK.float()) * self.scale_N.float()).bfloat16()
+        if isinstance(self.packed, Tensor):
+            return F.linear(x_MK.float(), self.packed.float())
+        out_MN: Tensor = torch.ops.quantized.linear_dynamic_fp16(x_MK.float(), self.packed)
+        return out_MN
+
+
+class Int8Linear(WeightOnlyLinear):
+    """Symmetric, one scale per output channel."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(linear, bits=8)
+        weight_NK = linear.weight.detach().float()
+        scale_N = weight_NK.abs().amax(1).clamp_min(1e-12) / 127
+        codes_NK = (weight_NK / scale_N[:, None]).round().to(torch.int8)
+        self.packed = _pack_int8(codes_NK, scale_N) if _runs("int8") else None
+        self.codes_NK, self.scale_N = (None, None) if self.packed is not None else (codes_NK, scale_N)
+
+    def product(self, x_MK: Tensor) -> Tensor:
+        """See WeightOnlyLinear."""
+        if self.packed is not None:
+            return _product_int8(x_MK.float(), self.packed)
+        assert self.codes_NK is not None and self.scale_N is not None
+        if len(x_MK) <= NARROW and _runs("int8 with bfloat16"):
+            out_MN: Tensor = torch.ops.aten._weight_int8pack_mm(x_MK.bfloat16(), self.codes_NK, self.scale_N.bfloat16())
+            return out_MN
+        return F.linear(x_MK.float(), self.codes_NK.float()) * self.scale_N
+
+
+def _pack_int8(codes_NK: Tensor, scale_N: Tensor) -> Any:
+    """The weights as torch.ops.quantized wants them. torch means to drop such tensors one day and says so."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        zeros_N = torch.zeros(len(scale_N), dtype=torch.int64)
+        weight_NK = torch._make_per_channel_quantized_tensor(codes_NK, scale_N.double(), zeros_N, 0)
+        return torch.ops.quantized.linear_prepack(weight_NK, None)
+
+
+def _product_int8(x_MK: Tensor, packed: Any) -> Tensor:
+    """float32 (M, N) by the two digits of every number."""
+    step_M1 = torch.linalg.vector_norm(x_MK, torch.inf, dim=1, keepdim=True).clamp_min(1e-30) / _DIGIT
+    steps_MK = x_MK / step_M1
+    high_MK = steps_MK.round()
+    digits_JK = torch.cat([high_MK, (steps_MK - high_MK) * (2 * _DIGIT)])       # J = 2M
+    high_MN, low_MN = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
+        digits_JK, 1.0, _ZERO, packed).chunk(2)
+    return torch.add(high_MN, low_MN, alpha=1 / (2 * _DIGIT)).mul_(step_M1)
 
 
 class Int4Linear(WeightOnlyLinear):
-    """Asymmetric, a scale and a zero per output channel and group of inputs."""
-
-    codes: Tensor               # packed as the kernel wants them, or uint8 (N, K)
-    scales_GN2: Tensor          # (scale, zero)
+    """Asymmetric, a scale and a zero per output channel and group of inputs. Activations and results are bfloat16."""
 
     def __init__(self, linear: nn.Linear) -> None:
-        super().__init__(linear)
+        super().__init__(linear, bits=4 + 32 / GROUP)
         weight_NGg = linear.weight.detach().float().unflatten(1, (-1, GROUP))
         low_NG, high_NG = weight_NGg.amin(-1), weight_NGg.amax(-1)
         scale_NG = ((high_NG - low_NG).clamp_min(1e-12) / 15).bfloat16().float()
         zero_NG = (low_NG + 8 * scale_NG).bfloat16().float()
         codes_NGg = ((weight_NGg - zero_NG[..., None]) / scale_NG[..., None] + 8).round().clamp(0, 15)
-        self.packed = _runs("_weight_int4pack_mm_for_cpu", linear.weight.device)
+        self.packed = _runs("int4")
         codes_NK = codes_NGg.flatten(1).to(torch.int32)
-        self.register_buffer("codes", torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes_NK, 1) if self.packed
-                             else codes_NK.to(torch.uint8))
-        self.register_buffer("scales_GN2", torch.stack([scale_NG.t(), zero_NG.t()], dim=-1).bfloat16().contiguous())
+        self.codes = (torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes_NK, 1) if self.packed
+                      else codes_NK.to(torch.uint8))        # (N, K)
+        self.scales_GN2 = torch.stack([scale_NG.t(), zero_NG.t()], dim=-1).bfloat16().contiguous()      # (scale, zero)
 
     def product(self, x_MK: Tensor) -> Tensor:
         """See WeightOnlyLinear."""
+        x_MK = x_MK.bfloat16()
         if self.packed:
-            return torch.ops.aten._weight_int4pack_mm_for_cpu(x_MK, self.codes, GROUP, self.scales_GN2)
+            out_MN: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x_MK, self.codes, GROUP, self.scales_GN2)
+            return out_MN
         scale_NG, zero_NG = self.scales_GN2.float().permute(2, 1, 0).unbind()
         codes_NGg = self.codes.float().unflatten(1, (-1, GROUP)) - 8
         weight_NK = (codes_NGg * scale_NG[..., None] + zero_NG[..., None]).flatten(1)
         return F.linear(x_MK.float(), weight_NK).bfloat16()
 
 
-QUANTIZED: Mapping[str, type[WeightOnlyLinear]] = {"int8": Int8Linear, "int4": Int4Linear}
+QUANTIZED: Mapping[str, type[WeightOnlyLinear]] = {"fp16": HalfLinear, "int8": Int8Linear, "int4": Int4Linear}
 
 
 def check_quantize(name: str | None) -> None:
@@ -117,7 +164,8 @@ def check_quantize(name: str | None) -> None:
 
 
 def quantize(network: nn.Module, name: str) -> nn.Module:
-    """Replace the Linear layers of the network's blocks; embeddings, norms and the head stay. Returns the network.
+    """Replace the Linear layers of the network's blocks, and store that of its head in fp16; embeddings and norms stay.
+    Returns the network.
 
     Layers whose sizes the format does not fit stay as they are. Raises UnknownNameError, and InputError when the
     network lies on another device than the CPU or has no blocks.
@@ -134,33 +182,57 @@ def quantize(network: nn.Module, name: str) -> nn.Module:
         for key, child in list(parent.named_children()):
             if isinstance(child, nn.Linear) and _fits(child, name):
                 setattr(parent, key, QUANTIZED[name](child))
+    for key in HEADS:
+        if isinstance(child := getattr(network, key, None), nn.Linear):
+            setattr(network, key, HalfLinear(child))
     return network
 
 
+def weight_sizes(network: nn.Module) -> tuple[int, int]:
+    """(bytes, numbers) of the weights that one pass reads: all parameters and buffers but the embedding tables, of
+    which it looks up single rows."""
+    tables = {id(module.weight) for module in network.modules() if isinstance(module, nn.Embedding)}
+    read = [weight for weight in (*network.parameters(), *network.buffers()) if id(weight) not in tables]
+    small = [module for module in network.modules() if isinstance(module, WeightOnlyLinear)]
+    return (sum(weight.nbytes for weight in read) + sum(module.stored_bytes for module in small),
+            sum(weight.numel() for weight in read) + sum(module.numbers for module in small))
+
+
 def _fits(linear: nn.Linear, name: str) -> bool:
-    return name == "int8" or linear.in_features % GROUP == 0 and linear.out_features % _INT4_ROWS == 0
+    return name != "int4" or linear.in_features % GROUP == 0 and linear.out_features % _INT4_ROWS == 0
 
 
 @cache
-def _runs(kernel: str, device: torch.device) -> bool:
+def _runs(kernel: str) -> bool:
     """Whether this torch has the kernel and it runs here; said once if not."""
-    trial = {"_weight_int8pack_mm": _try_int8, "_weight_int4pack_mm_for_cpu": _try_int4}[kernel]
     try:
-        trial(device)
+        _TRIALS[kernel]()
     except (AttributeError, NotImplementedError, RuntimeError) as error:
-        log.warning("quantisation: torch's kernel %s does not run here (%s); multiplying floats instead, which is "
-                    "slower", kernel, str(error).splitlines()[0][:100])
+        log.warning("quantisation: torch's kernel for %s does not run here (%s); taking a slower one", kernel,
+                    str(error).splitlines()[0][:100])
         return False
     return True
 
 
-def _try_int8(device: torch.device) -> None:
-    x = torch.ones(1, GROUP, dtype=torch.bfloat16, device=device)
-    torch.ops.aten._weight_int8pack_mm(x, torch.ones(16, GROUP, dtype=torch.int8, device=device), x[0, :16])
+def _try_fp16() -> None:
+    packed = torch.ops.quantized.linear_prepack_fp16(torch.ones(16, GROUP), None)
+    torch.ops.quantized.linear_dynamic_fp16(torch.ones(1, GROUP), packed)
 
 
-def _try_int4(device: torch.device) -> None:
-    x = torch.ones(1, GROUP, dtype=torch.bfloat16, device=device)
-    codes = torch.ops.aten._convert_weight_to_int4pack_for_cpu(
-        torch.ones(16, GROUP, dtype=torch.int32, device=device), 1)
+def _try_int8() -> None:
+    _product_int8(torch.ones(1, GROUP), _pack_int8(torch.ones(16, GROUP, dtype=torch.int8), torch.ones(16)))
+
+
+def _try_int8_with_bfloat16() -> None:
+    x = torch.ones(1, GROUP, dtype=torch.bfloat16)
+    torch.ops.aten._weight_int8pack_mm(x, torch.ones(16, GROUP, dtype=torch.int8), x[0, :16])
+
+
+def _try_int4() -> None:
+    x = torch.ones(1, GROUP, dtype=torch.bfloat16)
+    codes = torch.ops.aten._convert_weight_to_int4pack_for_cpu(torch.ones(16, GROUP, dtype=torch.int32), 1)
     torch.ops.aten._weight_int4pack_mm_for_cpu(x, codes, GROUP, x[0, :32].view(1, 16, 2))
+
+
+_TRIALS: Mapping[str, Callable[[], None]] = {
+    "fp16": _try_fp16, "int8": _try_int8, "int8 with bfloat16": _try_int8_with_bfloat16, "int4": _try_int4}

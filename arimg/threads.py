@@ -10,6 +10,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from arimg.quantize import weight_sizes
+
 CACHED = 64e6               # bytes of weights up to which one thread is not held up by memory
 SMALL = 2e7                 # FLOPs of an average operator of a layer that are not worth a second thread
 OPERATORS = 35              # of a layer
@@ -23,13 +25,12 @@ def decode_threads(network: nn.Module, positions: int) -> int | None:
     None as well off the CPU, for a network whose number of layers is not known, and where the user has set
     OMP_NUM_THREADS.
     """
-    weights = [*network.parameters(), *network.buffers()]
+    size, numbers = weight_sizes(network)
     layers = getattr(getattr(network, "config", None), "layers", None)
-    if layers is None or weights[0].device.type != "cpu" or _THREADS_VARIABLE in os.environ:
+    if layers is None or next(network.parameters()).device.type != "cpu" or _THREADS_VARIABLE in os.environ:
         return None
-    flops = 2 * positions * sum(weight.numel() for weight in weights)
-    cached = sum(weight.nbytes for weight in weights) <= CACHED
-    return 1 if cached and flops <= SMALL * OPERATORS * layers else None
+    flops = 2 * positions * numbers
+    return 1 if size <= CACHED and flops <= SMALL * OPERATORS * layers else None
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from arimg.accel.audit import LIMIT, audit
 from arimg.accel.base import Decoder, DecodeRequest, DecodeResult, DecodeStats, Guarantee, OnStep
 from arimg.accel.cost import cost_curve
 from arimg.accel.target import Target, branch_scales
-from arimg.bench.machine import GemmClock, ReadClock, describe, markdown_table, median, read_weights, timed
+from arimg.bench.machine import GemmClock, ReadClock, describe, markdown_table, median, timed
 from arimg.bench.memory import peak_memory
 from arimg.control.base import build
 from arimg.data import load_emoji
@@ -28,6 +28,7 @@ from arimg.errors import InputError
 from arimg.images import load_image
 from arimg.models.base import order_of
 from arimg.pipeline import Pipeline
+from arimg.quantize import weight_sizes
 from arimg.registry import DECODERS
 
 RATE_TURNS = 5          # measurements of the machine's rates
@@ -214,10 +215,8 @@ def pass_limits(network: nn.Module, rows: int, widths: Iterable[int], read_rate:
                 gemm_rate: float) -> dict[int, float]:
     """W -> seconds that a pass over W positions of so many rows takes at least: reading all weights once, or two FLOPs
     per weight and position, whichever is longer. Attention is left out."""
-    weights = read_weights(network)
-    read = sum(weight.nbytes for weight in weights) / read_rate
-    return {width: max(read, 2 * rows * width * sum(weight.numel() for weight in weights) / gemm_rate)
-            for width in widths}
+    size, numbers = weight_sizes(network)
+    return {width: max(size / read_rate, 2 * rows * width * numbers / gemm_rate) for width in widths}
 
 
 def _decode(pipe: Pipeline, decoder: Decoder, request: DecodeRequest) -> Callable[[], DecodeResult]:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
@@ -134,12 +133,6 @@ def count_flops(function: Callable[[], Any]) -> int:
     with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
         function()
     return int(counter.get_total_flops())
-
-
-def read_weights(network: nn.Module) -> list[torch.Tensor]:
-    """What one pass reads: all parameters and buffers but the embedding tables, of which it looks up single rows."""
-    tables = {id(module.weight) for module in network.modules() if isinstance(module, nn.Embedding)}
-    return [weight for weight in (*network.parameters(), *network.buffers()) if id(weight) not in tables]
 
 
 def describe(device: torch.device) -> str:

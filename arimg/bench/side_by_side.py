@@ -15,11 +15,11 @@ from torch import nn
 from tqdm import tqdm
 
 from arimg.bench.machine import (GemmClock, Lap, Operator, ReadClock, count_flops, describe, lapped, markdown_table,
-                                 median, operator_table, read_weights, top_operators)
+                                 median, operator_table, top_operators)
 from arimg.bench.original import RECIPE, ARPair, VQPair
 from arimg.devices import training_precision
 from arimg.models.ar import ARTransformer
-from arimg.quantize import quantize
+from arimg.quantize import quantize, weight_sizes
 
 CPU = torch.device("cpu")       # the original's loops are made for one device; this is the one that everybody has
 THEIRS, OURS = "original", "arimg"
@@ -145,7 +145,7 @@ def bench_decoding(pair: ARPair, tokens: int, cfg: float, turns: int, formats: S
     for name in formats:
         small = replace(pair, ours=cast(ARTransformer, quantize(copy.deepcopy(pair.ours), name)))
         runs[f"{OURS} {name}"] = {"codes": partial(small.our_codes, 7, tokens, cfg)}
-    read = sum(weight.nbytes for weight in read_weights(pair.ours))
+    read = weight_sizes(pair.ours)[0]
     clock = ReadClock(CPU)
     laps = compare(runs, [clock.measure], turns)
     dtype = _name(next(pair.ours.parameters()).dtype)
