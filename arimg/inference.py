@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from arimg.tokenizers.winograd import Conv3x3
+
 
 def lay_out(network: nn.Module) -> nn.Module:
     """Store the weights of all Linear layers as their device reads them fastest. Returns the network.
@@ -14,7 +16,9 @@ def lay_out(network: nn.Module) -> nn.Module:
     devices want rows. Call it again after a change of either.
     """
     for module in network.modules():
-        if isinstance(module, nn.Linear):
+        if isinstance(module, Conv3x3):
+            module.lay_out()
+        elif isinstance(module, nn.Linear):
             weight = module.weight.data
             by_columns = weight.device.type == "cpu" and weight.dtype == torch.float32
             module.weight.data = weight.t().contiguous().t() if by_columns else weight.contiguous()

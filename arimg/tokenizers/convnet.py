@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from arimg.errors import ConfigError, InputError
+from arimg.tokenizers.winograd import Conv3x3
 
 
 def check_widths(base_channels: int, multipliers: Sequence[int]) -> None:
@@ -38,17 +39,17 @@ class ResBlock(nn.Module):
     def __init__(self, channels_in: int, channels_out: int) -> None:
         super().__init__()
         self.norm1 = group_norm(channels_in)
-        self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
+        self.conv1 = Conv3x3(channels_in, channels_out)
         self.norm2 = group_norm(channels_out)
-        self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1)
+        self.conv2 = Conv3x3(channels_out, channels_out)
         if channels_in != channels_out:
             self.nin_shortcut = nn.Conv2d(channels_in, channels_out, 1)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """(B, channels_in, H, W) to (B, channels_out, H, W)."""
-        h = self.conv1(F.silu(self.norm1(x_BCHW)))
-        h = self.conv2(F.silu(self.norm2(h)))
-        return h + (self.nin_shortcut(x_BCHW) if hasattr(self, "nin_shortcut") else x_BCHW)
+        h = self.conv1.paint(x_BCHW, self.norm1)
+        through = self.nin_shortcut(x_BCHW) if hasattr(self, "nin_shortcut") else x_BCHW
+        return self.conv2.paint(h, self.norm2, plus_BKHW=through)
 
 
 class AttnBlock(nn.Module):
@@ -87,11 +88,11 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv3x3(channels, channels)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Twice the height and width."""
-        return self.conv(F.interpolate(x_BCHW, scale_factor=2.0, mode="nearest"))
+        return self.conv.paint(x_BCHW, double=True)
 
 
 class Level(nn.Module):
