@@ -67,8 +67,8 @@ class Pipeline:
         """Load an embedded model by its name, a pipeline folder, or a hub id.
 
         `dtype` "auto" is bfloat16 where the device multiplies it fast, else float32; the tokenizer keeps at least
-        float32. `text=False` leaves the text encoder out; captions are then given as `prompt_embeds`. `quantize` "int8"
-        or "int4" stores the weights of the transformer's blocks so; such a pipeline is not saved.
+        float32. `text=False` leaves the text encoder out; captions are then given as `prompt_embeds`. `quantize` "fp16",
+        "int8" or "int4" stores the weights of the transformer's blocks so; such a pipeline is not saved.
         Raises UnknownNameError, CheckpointError, InputError (device, dtype), MissingExtraError (text encoder).
         """
         check_quantize(quantize)
@@ -85,7 +85,9 @@ class Pipeline:
         transformer = load_component(folder / "transformer", kind, place)
         if quantize is not None:
             transformer = quantized(transformer, quantize)
-        return cls(load_component(folder / "tokenizer", _at_least_float32(kind), place), lay_out(transformer),
+        tokenizer = load_component(folder / "tokenizer", _at_least_float32(kind), place)
+        lay_out(getattr(tokenizer, "decoder", tokenizer))
+        return cls(tokenizer, lay_out(transformer),
                    load_component(folder / "control", kind, place) if "control" in index.components else None,
                    encoder, index.settings)
 
@@ -126,7 +128,8 @@ class Pipeline:
                     part.to(_at_least_float32(target) if name == "tokenizer" else target)
                 else:
                     part.to(find_device(target))
-        lay_out(self.transformer)
+        for part in (self.transformer, getattr(self.tokenizer, "decoder", self.tokenizer)):
+            lay_out(part)
         return self
 
     @torch.no_grad()
@@ -143,7 +146,7 @@ class Pipeline:
         clock = _Clock(self.device)
         request, maps = self._request(call)
         clock.lap("control")
-        with cpu_threads(call.threads or decode_threads(self.transformer, _positions(decoder, request))):
+        with cpu_threads(call.threads or decode_threads(self.transformer, positions_per_pass(decoder, request))):
             result = decoder.decode(Target(self.transformer, request), request, self._on_step(call))
         clock.lap("tokens")
         latents_BChw = _latents(result, request).to(_at_least_float32(self.dtype))
@@ -304,7 +307,7 @@ def _latents(result: DecodeResult, request: DecodeRequest) -> Tensor:
     return latent_map(latents_BLC, request.grid, request.space)
 
 
-def _positions(decoder: Any, request: DecodeRequest) -> int:
+def positions_per_pass(decoder: Any, request: DecodeRequest) -> int:
     """That a pass reads in all rows, at most."""
     branches = len(branch_scales(request.guidance, request.inject_KBLD is not None))
     window = getattr(getattr(decoder, "window", None), "widest", 1)

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from arimg.accel.ar import PlainAR
 from arimg.accel.audit import LIMIT, audit
 from arimg.accel.base import Decoder, DecodeRequest, DecodeResult, DecodeStats, Guarantee, OnStep
 from arimg.accel.cost import cost_curve
@@ -27,9 +28,10 @@ from arimg.data import load_emoji
 from arimg.errors import InputError
 from arimg.images import load_image
 from arimg.models.base import order_of
-from arimg.pipeline import Pipeline
+from arimg.pipeline import Pipeline, positions_per_pass
 from arimg.quantize import weight_sizes
 from arimg.registry import DECODERS
+from arimg.threads import cpu_threads, decode_threads
 
 RATE_TURNS = 5          # measurements of the machine's rates
 ORACLE = "ar"           # the plain decoder, which the others are compared with
@@ -199,7 +201,7 @@ def bench_decode(pipe: Pipeline, model: str, scenes: Sequence[Scene], decoders: 
                 for (name, cfg), lap in laps.items():
                     _measure(pipe, decoders[name], requests[cfg][picture], lap)
                     bar.update()
-    curves = {cfg: cost_curve(Target(pipe.transformer, requests[cfg][0])) for cfg in cfgs}
+    curves = {cfg: _curve(pipe, requests[cfg][0]) for cfg in cfgs}
     reads, gemms = ReadClock(pipe.device), GemmClock(pipe.dtype, pipe.device)
     for clock in (reads, gemms) * RATE_TURNS:
         clock.measure()
@@ -220,7 +222,18 @@ def pass_limits(network: nn.Module, rows: int, widths: Iterable[int], read_rate:
 
 
 def _decode(pipe: Pipeline, decoder: Decoder, request: DecodeRequest) -> Callable[[], DecodeResult]:
-    return lambda: decoder.decode(Target(pipe.transformer, request), request)
+    threads = decode_threads(pipe.transformer, positions_per_pass(decoder, request))
+
+    def decode() -> DecodeResult:
+        with cpu_threads(threads):
+            return decoder.decode(Target(pipe.transformer, request), request)
+    return decode
+
+
+def _curve(pipe: Pipeline, request: DecodeRequest) -> dict[int, float]:
+    """W -> seconds of a pass, on as many threads as plain decoding takes."""
+    with cpu_threads(decode_threads(pipe.transformer, positions_per_pass(PlainAR(), request))):
+        return cost_curve(Target(pipe.transformer, request))
 
 
 def _measure(pipe: Pipeline, decoder: Decoder, request: DecodeRequest, lap: _Laps) -> None:

@@ -177,7 +177,8 @@ def vq_pair(original: LlamaGen, config: VQConfig) -> VQPair:
         encoder_ch_mult=list(config.multipliers), decoder_ch_mult=list(config.multipliers)))
     ours = VQTokenizer(config)
     load_state(ours, vq_from_llamagen(theirs.state_dict()), "the original's weights")
-    return VQPair(theirs.eval(), lay_out(ours.eval()))          # type: ignore[arg-type]
+    lay_out(ours.eval().decoder)
+    return VQPair(theirs.eval(), ours)
 
 
 def _fill(network: nn.Module) -> None:

@@ -115,9 +115,11 @@ def continuous(model: str, draft: str | None, windows: tuple[int, ...], steps: i
 @click.option("--repeats", type=click.IntRange(min=1), default=3, show_default=True, help="Of everything, in turns.")
 @click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda")
 @click.option("--dtype", default="auto", show_default=True, metavar="auto|float32|bfloat16|...")
+@click.option("--quantize", metavar="fp16|int8|int4", help="Of the transformer's blocks.")
 @click.option("--json", "json_path", metavar="FILE", help="Write all figures there.")
 def decode(model: str, names: tuple[str, ...], windows: tuple[str, ...], cfgs: tuple[float, ...],
-           control: tuple[str, ...], n: int, repeats: int, device: str, dtype: str, json_path: str | None) -> None:
+           control: tuple[str, ...], n: int, repeats: int, device: str, dtype: str, quantize: str | None,
+           json_path: str | None) -> None:
     """Compare decoders on the same pictures: passes, seconds, memory, and what a pass of W positions costs. Prints a
     table of Markdown; docs/bench.md explains its columns."""
     _check_json(json_path)
@@ -126,8 +128,24 @@ def decode(model: str, names: tuple[str, ...], windows: tuple[str, ...], cfgs: t
     from arimg.pipeline import Pipeline
 
     decoders = find_decoders(names, [int(window) if window.isdigit() else window for window in windows])
-    pipe = Pipeline.from_pretrained(model, device, dtype)
+    pipe = Pipeline.from_pretrained(model, device, dtype, quantize=quantize)
     scenes = find_scenes(pipe, control, arimg_home() / "data" / "emoji-128", n)
+    model = model if quantize is None else f"{model} with {quantize} weights"
     report = bench_decode(pipe, model, scenes, decoders, cfgs or (pipe.settings.cfg,), repeats)
+    _write_json(json_path, report)
+    click.echo(to_markdown(report))
+
+
+@command.command("startup", epilog="\b\nExample: arimg bench startup -- --control examples/canny.png --seed 7")
+@click.argument("arguments", nargs=-1, metavar="[-- OPTIONS OF ARIMG SAMPLE]")
+@click.option("--repeats", type=click.IntRange(min=1), default=3, show_default=True, help="Fresh processes of each.")
+@click.option("--json", "json_path", metavar="FILE", help="Write all figures there.")
+def startup(arguments: tuple[str, ...], repeats: int, json_path: str | None) -> None:
+    """Say where the time of one `arimg sample` goes: interpreter, imports, weights, control, tokens, pixels. Prints a
+    table of Markdown."""
+    _check_json(json_path)
+    from arimg.bench.startup import bench_startup, to_markdown
+
+    report = bench_startup(arguments, repeats)
     _write_json(json_path, report)
     click.echo(to_markdown(report))

@@ -54,7 +54,8 @@ _MODEL_DEFAULTS = ("decoder", "cfg", "control_cfg", "temperature", "top_k", "top
 @click.option("--size", type=SIZE, metavar="HxW", help="Height and width in pixels [default: the model's].")
 @click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda")
 @click.option("--dtype", default="auto", show_default=True, metavar="auto|float32|bfloat16|...")
-@click.option("--quantize", metavar="int8|int4", help="Store the weights of the transformer's blocks in 8 or 4 bits.")
+@click.option("--quantize", metavar="fp16|int8|int4", help="Store the weights of the transformer's blocks in so "
+              "many bits.")
 @click.option("--threads", type=int, help="CPU threads of the decode [default: as many as its size can use].")
 @click.option("-o", "--output", default="out.png", show_default=True, metavar="FILE")
 @click.option("--format", "format_name", metavar="png|webp|jpeg", help="[default: by the suffix of --output].")

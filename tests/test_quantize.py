@@ -1,0 +1,151 @@
+"""Weights of 16, 8 and 4 bits: how far results move, and that decoding keeps its promises on them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from arimg import quantize as module
+from arimg.accel.ar import PlainAR
+from arimg.accel.base import Decoder, DecodeRequest, Guidance
+from arimg.accel.jacobi import Jacobi
+from arimg.accel.target import Target
+from arimg.errors import CheckpointError, InputError, UnknownNameError
+from arimg.models.ar import ARTransformer
+from arimg.pipeline import Pipeline
+from arimg.quantize import QUANTIZED, HalfLinear, Int8Linear, WeightOnlyLinear, quantize, weight_sizes
+from tests.models.toy import toy_classes, toy_codes, toy_model
+
+ERRORS = {"fp16": 4e-4, "int8": 0.012, "int4": 0.12}       # relative, of Gaussian weights
+
+
+def linear(inputs: int = 192, outputs: int = 80, bias: bool = True) -> nn.Linear:
+    torch.manual_seed(0)
+    layer = nn.Linear(inputs, outputs, bias=bias).requires_grad_(False)
+    layer.weight.normal_(std=0.02)
+    return layer
+
+
+def rows(count: int, inputs: int = 192) -> Tensor:
+    """Gaussian; the first has an outlier, the second is zero, the third small."""
+    x_MK = torch.randn(count, inputs, generator=torch.Generator().manual_seed(1))
+    x_MK[0, 5] = 30.0
+    x_MK[1:2] = 0.0
+    x_MK[2:3] *= 1e-3
+    return x_MK
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_results_stay_near(name: str) -> None:
+    layer, x_MK = linear(), rows(6)
+    small = QUANTIZED[name](layer)
+    exact_MN, got_MN = layer(x_MK) - layer.bias, small(x_MK) - layer.bias
+    for exact_N, got_N in zip(exact_MN, got_MN):
+        assert float((got_N - exact_N).norm()) <= ERRORS[name] * float(exact_N.norm()) + 1e-5
+    assert float((got_MN - exact_MN).norm()) > 0, "something was rounded"
+    assert small(x_MK.view(2, 3, -1)).shape == (2, 3, 80) and small(x_MK.bfloat16()).dtype == torch.bfloat16
+
+
+def test_int8_rows_do_not_know_one_another() -> None:
+    small = Int8Linear(linear())
+    assert small.packed is not None
+    x_MK = rows(140)
+    all_MN = small(x_MK)
+    for part in (slice(0, 1), slice(1, 4), slice(7, 9), slice(3, 40)):
+        assert torch.equal(small(x_MK[part]), all_MN[part])
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+@pytest.mark.parametrize("count", [2, 40])
+def test_slower_kernels_give_the_same(name: str, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x_MK = linear(), rows(count)
+    fast_MN = QUANTIZED[name](layer)(x_MK)
+    for missing in ({"fp16", "int8", "int4"}, {"fp16", "int8", "int4", "int8 with bfloat16"}):
+        monkeypatch.setattr(module, "_runs", lambda kernel: kernel not in missing)
+        slow_MN = QUANTIZED[name](layer)(x_MK)
+        tolerance = 1e-2 if name == "int8" and "int8 with bfloat16" not in missing else 3e-3
+        assert float((slow_MN - fast_MN).norm()) <= tolerance * float(fast_MN.norm())
+
+
+def test_a_missing_kernel_is_said_once(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails() -> None:
+        raise NotImplementedError("no such operator\nand a long story")
+
+    monkeypatch.setitem(module._TRIALS, "trial", fails)     # type: ignore[index]
+    with caplog.at_level("WARNING"):
+        assert not module._runs("trial") and not module._runs("trial")
+    assert caplog.messages == ["quantisation: torch's kernel for trial does not run here (no such operator); taking a "
+                               "slower one"]
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+@torch.no_grad()
+def test_only_blocks_and_head(name: str) -> None:
+    plain, small = toy_model(dim=64, ffn_hidden=128), toy_model(dim=64, ffn_hidden=128)
+    full_bytes, numbers = weight_sizes(plain)
+    assert quantize(small, name) is small
+    assert not any(isinstance(layer, nn.Linear) for layer in small.layers.modules())
+    assert isinstance(small.output, HalfLinear) and isinstance(small.tok_embeddings, nn.Embedding)
+    assert torch.equal(small.norm.weight, plain.norm.weight)
+    small_bytes, same_numbers = weight_sizes(small)
+    assert same_numbers == numbers and small_bytes < {"fp16": 0.56, "int8": 0.36, "int4": 0.25}[name] * full_bytes
+    drift = (small(toy_codes(2), toy_classes(2), (4, 4)) - plain(toy_codes(2), toy_classes(2), (4, 4))).abs().max()
+    assert 0 < float(drift) < {"fp16": 0.05, "int8": 2.0, "int4": 25.0}[name]
+
+
+def test_sizes_that_do_not_fit_stay() -> None:
+    small = quantize(toy_model(dim=32, ffn_hidden=48), "int4")
+    assert any(isinstance(layer, nn.Linear) for layer in small.layers.modules())
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_jacobi_paints_the_codes_of_plain_decoding(name: str) -> None:
+    model = toy_model(dim=64, ffn_hidden=128)
+    quantize(model, name)
+    request = DecodeRequest(toy_classes(3), (4, 4), torch.arange(3), guidance=Guidance(2.0))
+
+    def codes(decoder: Decoder) -> Tensor:
+        codes_BL = decoder.decode(Target(model, request), request).codes_BL
+        assert codes_BL is not None
+        return codes_BL
+    for window in (2, 8):
+        assert torch.equal(codes(Jacobi(window)), codes(PlainAR()))
+
+
+@torch.no_grad()
+def test_negative_log_likelihood_of_the_embedded_model() -> None:
+    """int8 moves it by less than half a percent; int4's change is in docs/bench.md."""
+    def likelihood(network: ARTransformer, codes_BL: Tensor) -> float:
+        condition = toy_classes(len(codes_BL))
+        logits_BLV = network(codes_BL, condition, (16, 16))
+        return float(nn.functional.cross_entropy(logits_BLV.flatten(0, 1), codes_BL.flatten()))
+
+    pipe = Pipeline.from_pretrained("emoji", device="cpu", dtype="float32")
+    codes_BL = pipe(class_name=0, n=2, cfg=1.0, seed=5, decoder="jacobi", lossy=True).codes
+    before = likelihood(pipe.transformer, codes_BL)
+    changes = {}
+    for name in ("fp16", "int8"):
+        network = Pipeline.from_pretrained("emoji", device="cpu", dtype="float32", quantize=name).transformer
+        changes[name] = abs(likelihood(network, codes_BL) / before - 1)
+    assert changes["fp16"] < 5e-4 and changes["int8"] < 5e-3, changes
+
+
+def test_errors() -> None:
+    with pytest.raises(UnknownNameError, match="unknown quantisation 'int3'; did you mean int"):
+        quantize(toy_model(), "int3")
+    with pytest.raises(InputError, match="--quantize int8: the network Linear has no blocks"):
+        quantize(nn.Linear(2, 2), "int8")
+    with pytest.raises(InputError, match="--quantize int8: is made for CPUs, and the model is on meta"):
+        quantize(toy_model().to("meta"), "int8")
+    small = quantize(toy_model(), "int8")
+    with pytest.raises(CheckpointError, match="a quantised network is not written"):
+        small.state_dict()
+    with pytest.raises(InputError, match="a quantised network stays on the CPU"):
+        small.to("meta")
+
+
+def test_a_bias_follows_the_precision() -> None:
+    small: WeightOnlyLinear = Int8Linear(linear()).double()
+    assert small.bias is not None and small.bias.dtype == torch.float64
+    assert small(rows(2).double()).dtype == torch.float64

@@ -1,0 +1,93 @@
+"""The convolutions that paint with fewer products give what torch's give."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from arimg.tokenizers import winograd
+from arimg.tokenizers.vq import VQConfig
+from arimg.tokenizers.winograd import Conv3x3
+from tests.tokenizers.test_vq import toy
+
+
+def conv(channels_in: int = 64, channels_out: int = 96) -> Conv3x3:
+    torch.manual_seed(0)
+    return Conv3x3(channels_in, channels_out).requires_grad_(False)
+
+
+def norm(channels: int = 64) -> nn.GroupNorm:
+    layer = nn.GroupNorm(32, channels, eps=1e-6).requires_grad_(False)
+    layer.weight.uniform_(0.5, 2)
+    layer.bias.uniform_(-1, 1)
+    return layer
+
+
+def maps(height: int, width: int, channels: int = 64, batch: int = 2) -> Tensor:
+    """Far from zero mean, so that variances need care."""
+    return torch.randn(batch, channels, height, width, generator=torch.Generator().manual_seed(1)) + 20
+
+
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("added", [False, True])
+@pytest.mark.parametrize("chunk", [1, 2 ** 18])
+@torch.no_grad()
+def test_equals_the_plain_convolution(double: bool, normed: bool, added: bool, chunk: int,
+                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(winograd, "CHUNK", chunk)
+    layer, before = conv(), norm() if normed and not double else None
+    x_BCHW = maps(24, 32) if double else maps(32, 48)
+    plus = torch.randn(2, 96, *((1 + double) * side for side in x_BCHW.shape[2:])) if added else None
+    expected = layer.paint(x_BCHW, before, double, plus)
+    layer.lay_out()
+    assert layer._weight_QCK is not None
+    got = layer.paint(x_BCHW, before, double, plus)
+    assert got.shape == expected.shape and 0 < float((got - expected).abs().max()) < 3e-5 * float(expected.abs().max())
+    alone = layer.paint(x_BCHW[1:], before, double, None if plus is None else plus[1:])
+    assert torch.equal(alone, got[1:]), "an image does not depend on the batch"
+
+
+@torch.no_grad()
+def test_shapes_that_do_not_fit_take_the_plain_one() -> None:
+    layer = conv()
+    layer.lay_out()
+    for height, width in ((34, 48), (32, 49), (16, 16)):
+        assert torch.equal(layer.paint(maps(height, width)), layer(maps(height, width)))
+
+
+def test_training_takes_the_plain_one() -> None:
+    layer, x_BCHW = conv(), maps(32, 32)
+    layer.lay_out()
+    assert torch.equal(layer.paint(x_BCHW), layer(x_BCHW))
+    x_BCHW.requires_grad_(True)
+    layer.paint(x_BCHW).sum().backward()
+    assert x_BCHW.grad is not None
+
+
+def test_prepared_weights_are_forgotten_when_the_others_change() -> None:
+    layer = conv()
+    for change in (lambda: layer.double(), lambda: layer.float(), lambda: layer.load_state_dict(conv().state_dict()),
+                   lambda: layer.to("meta")):
+        layer.lay_out()
+        change()
+        assert layer._weight_QCK is None
+    for other in (conv(32, 96), conv().double()):
+        other.lay_out()
+        assert other._weight_QCK is None
+    assert list(conv().state_dict()) == ["weight", "bias"]
+
+
+@torch.no_grad()
+def test_a_tokenizer_paints_the_same_picture() -> None:
+    config = VQConfig(codebook_size=64, codebook_dim=4, base_channels=64, multipliers=(1, 2), res_blocks=1,
+                      z_channels=32)
+    tokenizer = toy(config)
+    codes_BL = torch.randint(64, (2, 32 * 48), generator=torch.Generator().manual_seed(2))
+    expected = tokenizer.decode_codes(codes_BL, (32, 48))
+    for block in tokenizer.decoder.modules():
+        if isinstance(block, Conv3x3):
+            block.lay_out()
+    got = tokenizer.decode_codes(codes_BL, (32, 48))
+    assert 0 < float((got - expected).abs().max()) < 1e-4 * float(expected.abs().max())
