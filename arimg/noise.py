@@ -41,7 +41,8 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Te
     for k0, k1 in keys:
         # c1, c3 and the shifted products carry bits above 32 that mean nothing, until the mask
         low0, low1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0, c2 = (((low >> 32) ^ word ^ k) & _MASK for low, word, k in ((low1, c1, k0), (low0, c3, k1)))
+        c0, c2 = ((low >> 32).bitwise_xor_(word).bitwise_xor_(k).bitwise_and_(_MASK)
+                  for low, word, k in ((low1, c1, k0), (low0, c3, k1)))
         c1, c3 = low1, low0
     return c0, c1 & _MASK, c2, c3 & _MASK
 
@@ -62,13 +63,13 @@ class CounterNoise:
 
     def uniform(self, seeds_B: Tensor, positions_BW: Tensor, count: int, purpose: Purpose, draw: int = 0) -> Tensor:
         """(B, W, count) float32 in (0, 1]; values near 0 keep 32 bits of resolution."""
-        return (self.words(seeds_B, positions_BW, count, purpose, draw).float() + 0.5) * 2.0 ** -32
+        return self.words(seeds_B, positions_BW, count, purpose, draw).float().add_(0.5).mul_(2.0 ** -32)
 
     def gumbel(self, seeds_B: Tensor, positions_BW: Tensor, count: int, purpose: Purpose = Purpose.SAMPLE,
                draw: int = 0) -> Tensor:
         """(B, W, count) standard Gumbel, float32: -log(E) with E = -log(1 - u), exact to 32 bits in the upper tail."""
-        uniform = self.uniform(seeds_B, positions_BW, count, purpose, draw).clamp_max(1 - 2.0 ** -24)
-        return -torch.log(-torch.log1p(-uniform))
+        uniform = self.uniform(seeds_B, positions_BW, count, purpose, draw).clamp_max_(1 - 2.0 ** -24)
+        return uniform.neg_().log1p_().neg_().log_().neg_()
 
     def categorical(self, p_BWV: Tensor, seeds_B: Tensor, positions_BW: Tensor, purpose: Purpose = Purpose.SAMPLE,
                     draw: int = 0) -> Tensor:

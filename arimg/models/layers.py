@@ -37,6 +37,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Same shape and dtype as `x`."""
+        if x.dtype == self.weight.dtype and at_least_float32(x) is x:
+            return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
         return F.rms_norm(at_least_float32(x), x.shape[-1:], eps=self.eps).to(x.dtype) * self.weight
 
 
