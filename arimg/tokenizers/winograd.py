@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 TILE = 4
-CHUNK = 2 ** 20         # numbers of transformed input held at a time: they stay in the processor's cache
+CHUNK = 2 ** 18         # numbers of transformed input held at a time: they stay in the processor's cache
 LEAST_CHANNELS = 64     # below, the transforms cost more than the products saved
 LEAST_CELLS = 32 * 32   # below, reading four times the weights does
 
