@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO := demo.png
 
-.PHONY: help demo test lint slow coverage clean
+.PHONY: help demo test lint slow coverage bench clean
 .DEFAULT_GOAL := help
 
 help:
@@ -13,6 +13,7 @@ help:
 	@echo "make lint       flake8, isort and mypy"
 	@echo "make slow       the tests that take minutes"
 	@echo "make coverage   the tests of \`make test\`, failing under 85 % line coverage"
+	@echo "make bench      measure all decoders of the embedded model, in float32 and int8, into docs/decoders.md"
 	@echo "make clean      remove $(VENV) and $(DEMO)"
 	@echo "variables: PYTHON=python3.12  VENV=/some/folder"
 
@@ -35,6 +36,11 @@ slow: $(VENV)/.installed-dev
 
 coverage: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest --cov --cov-report=term
+
+bench: $(VENV)/.installed
+	@{ $(BIN)/arimg bench decode -n 2 --repeats 2 && echo && \
+		$(BIN)/arimg bench decode -n 2 --repeats 2 --quantize int8; } > docs/decoders.md.new
+	@mv docs/decoders.md.new docs/decoders.md
 
 clean:
 	rm -rf $(VENV) $(DEMO)

@@ -67,8 +67,8 @@ class Pipeline:
         """Load an embedded model by its name, a pipeline folder, or a hub id.
 
         `dtype` "auto" is bfloat16 where the device multiplies it fast, else float32; the tokenizer keeps at least
-        float32. `text=False` leaves the text encoder out; captions are then given as `prompt_embeds`. `quantize` "fp16",
-        "int8" or "int4" stores the weights of the transformer's blocks so; such a pipeline is not saved.
+        float32. `text=False` leaves the text encoder out; captions are then given as `prompt_embeds`. `quantize`
+        "fp16", "int8" or "int4" stores the weights of the transformer's blocks so; such a pipeline is not saved.
         Raises UnknownNameError, CheckpointError, InputError (device, dtype), MissingExtraError (text encoder).
         """
         check_quantize(quantize)

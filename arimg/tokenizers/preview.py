@@ -1,4 +1,4 @@
-"""A picture of one pixel per token in microseconds, for progress displays: a colour for each code, linear in its vector.
+"""A picture of one pixel per token, for progress displays: a colour for each code, linear in its vector.
 
     preview = Preview.of(pipe.tokenizer)
     pipe(control=image, on_step=lambda info: show(preview(info.codes_BL, (16, 16))))

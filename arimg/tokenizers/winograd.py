@@ -1,7 +1,7 @@
 """3x3 convolutions with a quarter of the products, for painting on a CPU in float32.
 
-F(4x4, 3x3) of Lavin and Gray (2016, arXiv:1509.09308): a 4x4 tile of the output is A^T [(G g G^T) * (B^T d B)] A, where
-d is the 6x6 tile of the input that it sees and g the kernel, so 36 products per channel pair replace 144. Sums are those
+F(4x4, 3x3) of Lavin and Gray (2016, arXiv:1509.09308): a 4x4 tile of the output is A^T [(G g G^T) * (B^T d B)] A; d is
+the 6x6 tile of the input that it sees and g the kernel, so 36 products per channel pair replace 144. Sums are those
 of the direct convolution, up to about 1e-5 of their size. An input that is first doubled in size (nearest neighbour) is
 read as it is: a 6x6 tile of the doubled map repeats 4x4 cells, which the input's transform takes in.
 
@@ -79,7 +79,8 @@ class Conv3x3(nn.Conv2d):
         """One image, some rows of tiles at a time."""
         assert self._weight_QCK is not None and self.bias is not None
         height, width, channels = out_HWK.shape
-        down, across, stride = height // TILE, width // TILE, TILE // (1 + double)     # tiles; cells from one to the next
+        down, across = height // TILE, width // TILE        # tiles
+        stride = TILE // (1 + double)                       # cells of the input from one tile to the next
         matrix = _twice(_B, double)
         rows = max(1, CHUNK // (36 * across * max(x_HWC.shape[2], channels)))
         for first in range(0, down, rows):

@@ -14,8 +14,8 @@ from tests.toy import toy_folder
 
 
 def test_page() -> None:
-    report = StartupReport(("arimg", "sample", "--seed", "7"), 3, (Stage("python", 0.02, 0.02), Stage("pixels", 1, None),
-                                                                   Stage("whole", 1.02, 2)))
+    stages = (Stage("python", 0.02, 0.02), Stage("pixels", 1, None), Stage("whole", 1.02, 2))
+    report = StartupReport(("arimg", "sample", "--seed", "7"), 3, stages)
     assert to_markdown(report).splitlines() == [
         "# Where the time of `arimg sample --seed 7` goes", "",
         "Medians of 3 fresh processes, after one that warmed the disk's cache.", "",
