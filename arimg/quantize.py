@@ -93,13 +93,14 @@ class Int8Linear(WeightOnlyLinear):
         scale_N = weight_NK.abs().amax(1).clamp_min(1e-12) / 127
         codes_NK = (weight_NK / scale_N[:, None]).round().to(torch.int8)
         self.packed = _pack_int8(codes_NK, scale_N) if _runs("int8") else None
-        self.codes_NK, self.scale_N = (None, None) if self.packed is not None else (codes_NK, scale_N)
+        self.codes_NK = codes_NK if self.packed is None else None
+        self.scale_N = scale_N
 
     def product(self, x_MK: Tensor) -> Tensor:
         """See WeightOnlyLinear."""
         if self.packed is not None:
             return _product_int8(x_MK.float(), self.packed)
-        assert self.codes_NK is not None and self.scale_N is not None
+        assert self.codes_NK is not None
         if len(x_MK) <= NARROW and _runs("int8 with bfloat16"):
             out_MN: Tensor = torch.ops.aten._weight_int8pack_mm(x_MK.bfloat16(), self.codes_NK, self.scale_N.bfloat16())
             return out_MN
@@ -154,7 +155,8 @@ class Int4Linear(WeightOnlyLinear):
         return F.linear(x_MK.float(), weight_NK).bfloat16()
 
 
-QUANTIZED: Mapping[str, type[WeightOnlyLinear]] = {"fp16": HalfLinear, "int8": Int8Linear, "int4": Int4Linear}
+QUANTIZED: Mapping[str, Callable[[nn.Linear], WeightOnlyLinear]] = {
+    "fp16": HalfLinear, "int8": Int8Linear, "int4": Int4Linear}
 
 
 def check_quantize(name: str | None) -> None:
