@@ -11,6 +11,7 @@ Letters: C, K channels in and out; T tiles; Q = 36 products of a tile. Maps are 
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -99,13 +100,14 @@ class Conv3x3(nn.Conv2d):
             if plus_HWK is not None:
                 out.view(-1, width, channels).add_(plus_HWK[lines])
 
-    def _apply(self, fn: object, recurse: bool = True) -> "Conv3x3":
+    def _apply(self, fn: Any, recurse: bool = True) -> "Conv3x3":
         self._weight_QCK = None
-        return super()._apply(fn, recurse)      # type: ignore[no-any-return, no-untyped-call]
+        super()._apply(fn, recurse)
+        return self
 
-    def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._weight_QCK = None
-        super()._load_from_state_dict(*args, **kwargs)      # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(*args, **kwargs)
 
 
 def _slab(x_HWC: Tensor, first: int, stop: int, affine: tuple[Tensor, Tensor] | None) -> Tensor:
