@@ -138,12 +138,13 @@ def _loss_difference(pair: ARPair, codes_BL: torch.Tensor, class_ids_B: torch.Te
 
 @torch.no_grad()
 def bench_decoding(pair: ARPair, tokens: int, cfg: float, turns: int, formats: Sequence[str] = ()) -> Comparison:
-    """Plain decoding of one picture of `tokens` tokens; ours also with weights quantised to each of `formats`."""
+    """Plain decoding of one picture of `tokens` tokens; ours also with weights quantised to each of `formats`, the rest
+    in float32."""
     pair.eval()
     runs: dict[str, Phases] = {THEIRS: {"codes": lambda: pair.their_codes(7, tokens, cfg)},
                                OURS: {"codes": lambda: pair.our_codes(7, tokens, cfg)}}
     for name in formats:
-        small = replace(pair, ours=cast(ARTransformer, quantize(copy.deepcopy(pair.ours), name)))
+        small = replace(pair, ours=cast(ARTransformer, quantize(copy.deepcopy(pair.ours), name).float()))
         runs[f"{OURS} {name}"] = {"codes": partial(small.our_codes, 7, tokens, cfg)}
     read = weight_sizes(pair.ours)[0]
     clock = ReadClock(CPU)
