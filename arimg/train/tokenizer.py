@@ -51,13 +51,9 @@ class TokenizerRun(RunConfig):
     adversary: AdamWConfig | None = None    # the discriminator's optimiser; None: as the tokenizer's
     revive_every: int = 20      # steps between revivals of codes unused since the last one; 0 = never
     revive_until: int = 700     # step after which the codebook is left alone
-    decoder_only: bool = False  # the codes of every picture stay what they are: a model of them stays valid
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.decoder_only and not self.init_from:
-            raise ConfigError("decoder_only=true: needs a trained encoder and codebook; give init_from=FOLDER, the "
-                              "tokenizer that a run exported")
         if self.loss.adversarial and 0 < self.data.crop.size < _SMALLEST_JUDGED:
             raise ConfigError(f"data.crop.size={self.data.crop.size}: too small for the discriminator; write at least "
                               f"{_SMALLEST_JUDGED}, or loss.adversarial=0")
@@ -98,10 +94,6 @@ class TokenizerObjective:
         self.network = TokenizerTask(config)
         if config.init_from:
             load_state(self.network.tokenizer, load_component(config.init_from).state_dict(), config.init_from)
-        if config.decoder_only:
-            tokenizer = self.network.tokenizer
-            for part in (tokenizer.encoder, tokenizer.quant_conv, tokenizer.quantize):
-                part.requires_grad_(False)
         self.network.to(memory_format=torch.channels_last)
         self.adversary = Adversary(config.loss, PatchDiscriminator()) if config.loss.adversarial else None
         train, held_out = open_splits(config.data)
@@ -141,7 +133,7 @@ class TokenizerObjective:
         assert isinstance(network, TokenizerTask)
         self.usage.window = max(1, config.revive_every) * seen["codes"].numel()
         used = self.usage.update(seen["codes"])
-        if config.decoder_only or not config.revive_every or step % config.revive_every or step > config.revive_until:
+        if not config.revive_every or step % config.revive_every or step > config.revive_until:
             return {"usage": used}
         with torch.no_grad():
             latents = network.tokenizer.latents(self.batch(step, 0)[0].to(seen["codes"].device))

@@ -4,7 +4,6 @@ data, tokenizer and text encoder are toys; all else stays as it is written.
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -90,8 +89,6 @@ def _fill_paths(values: dict[str, Any], root: Path, stride: int) -> None:
         values["tokenizer"] = str(root / f"vq-{stride}")
     if values["model"].get("conditioning") == "text":
         values["text_encoder"] = str(root / "t5")
-    if values.get("decoder_only"):
-        values["init_from"] = str(root / "first")
 
 
 def _shrink_pictures(data: dict[str, Any], source: str) -> None:
@@ -106,9 +103,6 @@ def _shrink_pictures(data: dict[str, Any], source: str) -> None:
 def _shrink_tokenizer(values: dict[str, Any], root: Path) -> None:
     model, values["data"]["crop"]["size"] = values["model"], EMOJI_SIZE
     model |= {"codebook_size": CODES, "base_channels": 32, "z_channels": 8, "res_blocks": 1}
-    if values.get("decoder_only"):
-        shutil.rmtree(root / "first", ignore_errors=True)
-        save_component(VQTokenizer(from_dict(VQConfig, model)), root / "first")
     if values["loss"].get("perceptual"):
         values["loss"]["perceptual"] = 0.0          # its weights do not ship with the package
     values["loss"]["start_step"] = 0                # the one step has an adversary, if the recipe has

@@ -142,7 +142,6 @@ def test_a_missing_checkpoint_to_resume_is_one_line():
     ("objective: tokeniser\nname: x\n", UnknownNameError, "did you mean tokenizer"),
     ("objective: tokenizer\n", ConfigError, "name: is empty"),
     ("objective: control\nname: x\n", ConfigError, "tokenizer: is empty"),
-    ("objective: tokenizer\nname: x\ndecoder_only: true\n", ConfigError, "give init_from=FOLDER"),
     ("objective: ar\nname: x\ntokenizer: y\ntoken_noise: 1.5\n", ConfigError, "write numbers from 0 to 1"),
     ("objective: tokenizer\nname: x\noptim: {step: 3}\n", ConfigError, "did you mean optim.steps"),
 ])
@@ -174,11 +173,3 @@ def test_a_control_run_starts_from_given_weights(tokenizer_folder):
     network = ControlObjective(replace(config, name="second", init_from=str(folder))).network
     assert_same_weights(network.transformer, load_component(folder / "transformer"))
     assert_same_weights(network.control, load_component(folder / "control"))
-
-
-def test_a_decoder_only_run_keeps_every_code(tokenizer_folder):
-    config = replace(tokenizer_run("decoder"), init_from=str(tokenizer_folder), decoder_only=True)
-    before, after = (load_component(folder).state_dict()
-                     for folder in (tokenizer_folder, train(config, TokenizerObjective(config)) / "tokenizer"))
-    changed = {key.split(".")[0] for key, tensor in before.items() if not torch.equal(tensor, after[key])}
-    assert changed == {"decoder", "post_quant_conv"}
