@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from arimg.errors import ConfigError, UnknownNameError
 from arimg.home import arimg_home
@@ -14,6 +15,7 @@ SCHEDULES = ("constant", "cosine", "linear", "flat-linear", "decay")
 PRECISIONS = ("no", "bf16")
 SHARDINGS = ("none", "fsdp2")
 TRACKERS = ("tensorboard", "wandb")
+_MOST_THREADS = 1024
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ class AdamWConfig:
 
     def __post_init__(self) -> None:
         _check_choice("schedule", self.schedule, SCHEDULES)
+        _check_ranges("optim", self, {"lr": (0, inf), "warmup_steps": (0, inf), "beta1": (0, 1), "beta2": (0, 1),
+                                      "eps": (0, 1), "weight_decay": (0, inf), "clip_norm": (0, inf)})
         if self.schedule == "decay" and self.decay_steps <= 0:
             raise ConfigError(f"decay_steps={self.decay_steps}: schedule decay multiplies the learning rate by "
                               f"{self.decay} every decay_steps; write a positive number, for example those of an epoch")
@@ -73,10 +77,22 @@ class LoopConfig:
         if min(self.accumulation, self.keep, self.log_steps) < 1:
             raise ConfigError(f"train: accumulation={self.accumulation}, keep={self.keep}, log_steps="
                               f"{self.log_steps}: each must be at least 1")
+        _check_ranges("train", self, {"max_minutes": (0, inf), "save_minutes": (0, inf), "save_steps": (0, inf),
+                                      "sample_minutes": (0, inf), "validate_steps": (0, inf), "ema_decay": (0, 1),
+                                      "threads": (0, _MOST_THREADS)})
         _check_choice("precision", self.precision, PRECISIONS)
         _check_choice("sharding", self.sharding, SHARDINGS)
         for name in self.trackers:
             _check_choice("tracker", name, TRACKERS)
+
+
+def _check_ranges(section: str, config: Any, ranges: dict[str, tuple[float, float]]) -> None:
+    """Raises ConfigError for a value that is not in its [low, high)."""
+    for name, (low, high) in ranges.items():
+        value = getattr(config, name)
+        if not low <= value < high:
+            bound = "" if high == inf else f" and below {high}"
+            raise ConfigError(f"{section}.{name}={value}: must be at least {low}{bound}")
 
 
 def _check_choice(kind: str, name: str, known: tuple[str, ...]) -> None:
@@ -102,6 +118,10 @@ class RunConfig:
     def __post_init__(self) -> None:
         if not self.name:
             raise ConfigError("name: is empty; give the run a name, for example name=emoji-tokenizer")
+        if self.name != Path(self.name).name or self.name == "..":
+            raise ConfigError(f"name={self.name}: names a folder below $ARIMG_HOME/runs; write it without slashes")
+        if not 0 <= self.seed < 2 ** 32:
+            raise ConfigError(f"seed={self.seed}: must be a whole number from 0 to 2^32 - 1")
         if self.optim.steps <= 0:
             raise ConfigError(f"optim.steps={self.optim.steps}: must be positive")
 

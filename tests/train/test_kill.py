@@ -9,15 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.train.toy_runs import (EVERY, RECIPES, STEPS, finish, make_tokenizer, read_lines, read_log, run, start,
-                                  stop_when, weights, write_home)
+from tests.train.toy_runs import (EVERY, RECIPES, STEPS, finish, read_lines, read_log, run, start, stop_when,
+                                  weights, write_home)
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = write_home(tmp_path_factory.mktemp("home"))
-    make_tokenizer(root)
-    return root
+    return write_home(tmp_path_factory.mktemp("home"))
 
 
 def kill(home: Path, objective: str, name: str, steps: int, world: int) -> None:

@@ -17,8 +17,14 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.numpy import load_file
 
+from arimg.checkpoints import save_component
+from arimg.registry import OBJECTIVES
+from arimg.tokenizers.kl import KLConfig, KLTokenizer
+from arimg.tokenizers.multiscale import MultiscaleConfig, MultiscaleTokenizer
+from arimg.tokenizers.vq import VQConfig, VQTokenizer
 from tests.train.toy_emoji import write_toy_emoji
 
 STEPS, EVERY = 12, 3
@@ -34,55 +40,84 @@ revive_every: 3
 data: {batch_size: 2, crop: {kind: window, size: 24}}
 model: {codebook_size: 16, codebook_dim: 4, base_channels: 32, multipliers: [1, 1, 1], res_blocks: 1, z_channels: 8}
 """
-_MODEL = """
+_AR = """
+tokenizer: HOME/vq
 data: {batch_size: 2}
 model: {vocab_size: 16, dim: 16, layers: 2, heads: 2, ffn_hidden: 32, block_size: 64, num_classes: 2,
         rope_prefix: identity, rope_grid: 'true', inject_layers: [0, 1], codebook_dim: 4}       # with its dropout
 """
-RECIPES = {
+_VAR = """
+tokenizer: HOME/multiscale
+data: {batch_size: 2}
+model: {vocab_size: 16, codebook_dim: 4, scales: [[1, 1], [2, 2], [4, 4]], dim: 16, layers: 2, heads: 2, num_classes: 2,
+        inject_layers: [0, 1]}
+"""
+_MAR = """
+tokenizer: HOME/kl
+data: {batch_size: 2}
+model: {latent_channels: 2, grid: 4, encoder_dim: 16, encoder_layers: 1, encoder_heads: 2, decoder_dim: 16,
+        decoder_layers: 2, decoder_heads: 2, buffer: 2, num_classes: 2, inject_encoder: [0], inject_decoder: [1],
+        head: {width: 16, layers: 1, steps: ddim10}}
+"""
+_CAUSAL = """
+tokenizer: HOME/kl
+data: {batch_size: 2}
+model: {latent_channels: 2, grid: 4, dim: 16, layers: 2, heads: 2, ffn_hidden: 32, num_classes: 2,
+        inject_layers: [0, 1], head: {width: 16, layers: 1, steps: ddim10}}
+"""
+_CONTROL = "control: {embed_dim: 8, depth: 1, heads: 2, ffn_hidden: 16, dim: 16, points: 2, types: [canny, color]"
+RECIPES = {     # name: what its YAML file says besides the above; every registered objective has one
     "tokenizer": _TOKENIZER,
     "adversary": f"{_TOKENIZER}loss: {{l1: 1.0, l2: 1.0, perceptual: 0.0, adversarial: 0.5, start_step: 2}}\n",
-    "ar": f"objective: ar\n{_MODEL}",
-    "control": f"""objective: control
-{_MODEL}
-control: {{embed_dim: 8, depth: 1, heads: 2, ffn_hidden: 16, patch: 4, stride: 4, dim: 16, points: 2,
-          types: [canny, softedge, lineart, color]}}
-""",
+    "ar": f"objective: ar\n{_AR}",
+    "control": f"objective: control\n{_AR}{_CONTROL}, patch: 4, stride: 4}}\n",
+    "var": f"objective: var\n{_VAR}",
+    "var-control": f"objective: var-control\n{_VAR}{_CONTROL}, patch: 8, stride: 8}}\n",
+    "mar": f"objective: mar\n{_MAR}",
+    "mar-control": f"objective: mar-control\n{_MAR}{_CONTROL}, patch: 8, stride: 8}}\n",
+    "causal": f"objective: causal\n{_CAUSAL}",
+    "causal-control": f"objective: causal-control\n{_CAUSAL}{_CONTROL}, patch: 8, stride: 8}}\n",
 }
+SHARDED = {     # recipe: what must be changed for FSDP2, which splits no single numbers
+    "control": ("model.codebook_dim=null",), "var-control": ()}
 
 _PROCESSES = multiprocessing.get_context("forkserver")
-_PROCESSES.set_forkserver_preload(["arimg.train.loop", "arimg.train.control", "arimg.train.tokenizer",
-                                   "diffusers.optimization", "diffusers.training_utils", "tests.train.toy_runs"])
+_PROCESSES.set_forkserver_preload([
+    "arimg.train.loop", "diffusers.optimization", "diffusers.training_utils", "tests.train.toy_runs",
+    *sorted({target.partition(":")[0] for target in OBJECTIVES.entries.values()})])
 
 
 def write_home(root: Path) -> Path:
-    """A data set and the recipes, as $ARIMG_HOME of the runs below."""
+    """A data set, tokenizers and the recipes, as $ARIMG_HOME of the runs below."""
     write_toy_emoji(root / "data" / "emoji-128", size=32)
+    convolutions: dict[str, Any] = {"base_channels": 32, "res_blocks": 1}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        save_component(VQTokenizer(VQConfig(codebook_size=16, codebook_dim=4, multipliers=(1, 1, 1), z_channels=8,
+                                            **convolutions)), root / "vq")
+        save_component(MultiscaleTokenizer(MultiscaleConfig(
+            codebook_size=16, codebook_dim=4, multipliers=(1,) * 4, scales=((1, 1), (2, 2), (4, 4)), phis=2,
+            **convolutions)), root / "multiscale")
+        save_component(KLTokenizer(KLConfig(multipliers=(1,) * 4, latent_channels=2, attention_levels=(),
+                                            **convolutions)), root / "kl")
     for name, text in RECIPES.items():
-        (root / f"{name}.yaml").write_text(text + _COMMON)
+        (root / f"{name}.yaml").write_text(text.replace("HOME", str(root)) + _COMMON)
     return root
 
 
-def run(home: Path, objective: str, name: str, *overrides: str, world: int = 1, resume: str = "latest") -> None:
+def run(home: Path, recipe: str, name: str, *overrides: str, world: int = 1, resume: str = "latest") -> None:
     """Train to the end."""
-    codes = finish(start(home, objective, name, *overrides, world=world, resume=resume))
+    codes = finish(start(home, recipe, name, *overrides, world=world, resume=resume))
     assert codes == [0] * world, (home / "runs" / f"{name}.txt").read_text()[-3000:]
 
 
-def make_tokenizer(home: Path) -> None:
-    """The tokenizer that the other objectives take their codes from."""
-    run(home, "tokenizer", "first", "optim.steps=1")
-
-
-def start(home: Path, objective: str, name: str, *overrides: str, world: int = 1,
+def start(home: Path, recipe: str, name: str, *overrides: str, world: int = 1,
           resume: str = "latest") -> list[ForkServerProcess]:
     """The processes of a run, under way."""
-    if objective in ("ar", "control"):
-        overrides = (f"tokenizer={home / 'runs' / 'first' / 'export' / 'tokenizer'}", *overrides)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    arguments = (home, (str(home / f"{objective}.yaml"), f"name={name}", *overrides, "--resume", resume), name)
+    arguments = (home, (str(home / f"{recipe}.yaml"), f"name={name}", *overrides, "--resume", resume), name)
     processes = [_PROCESSES.Process(target=_train, args=(*arguments, rank, world, port)) for rank in range(world)]
     for process in processes:
         process.start()

@@ -1,4 +1,4 @@
-"""What test_distributed.py starts under torchrun: every objective in turn, by each of two processes."""
+"""What test_distributed.py starts under torchrun: every recipe in turn, by each of two processes."""
 
 import os
 import sys
@@ -7,14 +7,12 @@ from pathlib import Path
 from accelerate import PartialState
 
 from arimg.train.launch import main
-from tests.train.toy_runs import RECIPES
+from tests.train.toy_runs import RECIPES, SHARDED
 
 home = Path(os.environ["ARIMG_HOME"])
-tokenizer = f"tokenizer={home / 'runs' / 'first' / 'export' / 'tokenizer'}"
-for objective in RECIPES:
-    given = [tokenizer] if objective in ("ar", "control") else []
-    main(home / f"{objective}.yaml", [*given, f"name={objective}-2x1", *sys.argv[1:]])
-for objective in ("ar", "control"):
-    main(home / f"{objective}.yaml", [tokenizer, f"name={objective}-sharded", *sys.argv[1:], "model.codebook_dim=null",
-                                      "train.sharding=fsdp2", "train.checkpoint_blocks=true", "train.save_steps=3"])
+for recipe in RECIPES:
+    main(home / f"{recipe}.yaml", [f"name={recipe}-2x1", *sys.argv[1:]])
+for recipe, settings in SHARDED.items():
+    main(home / f"{recipe}.yaml", [f"name={recipe}-sharded", *sys.argv[1:], *settings, "train.sharding=fsdp2",
+                                   "train.checkpoint_blocks=true", "train.save_steps=3"])
 (home / f"world-{PartialState().process_index}").write_text(str(PartialState().num_processes))
