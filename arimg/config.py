@@ -6,6 +6,7 @@ Omegaconf reads and merges; `from_dict` checks every key and type, so that a typ
 from __future__ import annotations
 
 import dataclasses
+import re
 import types
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
@@ -16,14 +17,17 @@ from arimg.errors import ConfigError
 
 T = TypeVar("T")
 
+_DEEP = re.compile("layers|blocks|depth")       # names of numbers of blocks
+_MOST_BLOCKS, _MOST = 1000, 2 ** 20
+
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", Path: "a path"}
 
 
 def from_dict(cls: type[T], data: Mapping[str, Any]) -> T:
     """Build the dataclass `cls` from plain data, nested dataclasses and tuples included; absent keys keep defaults.
 
-    Raises ConfigError with the dotted key on an unknown key (and names the nearest known one), a missing or ill-typed
-    value, or a `${...}` interpolation, which could read the environment of whoever loads a stranger's file.
+    Raises ConfigError with the dotted key on an unknown key (and names the nearest known one), on a missing or
+    ill-typed value and on `???`, which a file writes where its reader has to fill in a value.
     """
     result: T = _build(cls, data, "")
     return result
@@ -47,16 +51,34 @@ def load_config(cls: type[T], path: str | Path | None = None, overrides: Sequenc
 
 
 def read_values(path: str | Path | None, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """The plain content of a YAML file with overrides merged in. Raises ConfigError."""
+    """The plain content of a YAML file with overrides merged in.
+
+    Raises ConfigError when either cannot be read, and on a `${...}` interpolation, which could read the environment of
+    whoever loads a stranger's file.
+    """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError  # type: ignore[import-untyped]
 
     try:
-        merged = OmegaConf.merge({} if path is None else _read_yaml(Path(path)), _parse_overrides(overrides))
-        return OmegaConf.to_container(merged, resolve=False)                    # type: ignore[return-value]
+        parts = [OmegaConf.create() if path is None else _read_yaml(Path(path)), _parse_overrides(overrides)]
+        for part in parts:                      # before the merge, which resolves some of them
+            _refuse_interpolations(OmegaConf.to_container(part, resolve=False), _where(path, overrides))
+        return OmegaConf.to_container(OmegaConf.merge(*parts), resolve=False)   # type: ignore[return-value]
     except (OmegaConfBaseException, YAMLError, TypeError) as error:
         raise ConfigError(f"{_where(path, overrides)}: {_one_line(error)}") from error
+
+
+def check_sizes(config: Any, *may_be_zero: str) -> None:
+    """Raises ConfigError for a whole number in a network's config that is not positive, or so large that building the
+    network would never end."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if not isinstance(value, int) or isinstance(value, bool):
+            continue
+        least, most = int(field.name not in may_be_zero), _MOST_BLOCKS if _DEEP.search(field.name) else _MOST
+        if not least <= value <= most:
+            raise ConfigError(f"{field.name}={value}: must be from {least} to {most}")
 
 
 def dump_config(config: Any) -> str:
@@ -95,6 +117,18 @@ def _parse_overrides(overrides: Sequence[str]) -> Any:
     return OmegaConf.from_dotlist(list(overrides))
 
 
+def _refuse_interpolations(value: Any, where: str, key: str = "") -> None:
+    """`key` is the dotted one of the value."""
+    if isinstance(value, Mapping):
+        for name, entry in value.items():
+            _refuse_interpolations(entry, where, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list):
+        for index, entry in enumerate(value):
+            _refuse_interpolations(entry, where, f"{key}[{index}]")
+    elif isinstance(value, str) and "${" in value:
+        raise ConfigError(f"{where}: {key} = {value!r}: interpolations are refused; write the value itself")
+
+
 def _build(cls: type, data: Any, key: str) -> Any:
     """One dataclass; `key` is its own dotted key, empty at the root."""
     if not isinstance(data, Mapping):
@@ -116,8 +150,8 @@ def _build(cls: type, data: Any, key: str) -> Any:
 
 def _convert(hint: Any, value: Any, key: str) -> Any:
     """`value` as the annotation `hint` wants it."""
-    if isinstance(value, str) and "${" in value:
-        raise ConfigError(f"{key} = {value!r}: interpolations are refused; write the value itself")
+    if value == "???":
+        raise ConfigError(f"{key}: is left for you to fill in; write {key}=VALUE")
     origin = get_origin(hint)
     if hint is Any or (hint is type(None) and value is None):
         return value
@@ -170,7 +204,8 @@ def _convert_items(hint: Any, value: Any, key: str) -> Any:
     """Lists and tuples, of any length (`tuple[int, ...]`, `list[int]`) or a fixed one (`tuple[int, int]`)."""
     kind, items = get_origin(hint) or hint, get_args(hint) or (Any, ...)
     if not isinstance(value, (list, tuple)):
-        raise ConfigError(f"{key} = {value!r}: needs a list, for example [1, 2]")
+        example = "[a, b]" if items[0] is str else "[1, 2]"
+        raise ConfigError(f"{key} = {value!r}: needs a list, for example {example}")
     if kind is list or items[-1] is Ellipsis:
         items = (items[0],) * len(value)
     if len(items) != len(value):

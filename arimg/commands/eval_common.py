@@ -69,11 +69,9 @@ def from_yaml(ctx: click.Context, param: click.Parameter, path: str | None) -> N
     values = read_values(path)
     known = {option[2:].replace("-", "_"): one.name for one in ctx.command.params for option in one.opts
              if option.startswith("--") and one.name != param.name}
-    for key, value in values.items():
+    for key in values:
         if key not in known:
             raise ConfigError(f"{path}: {UnknownNameError('key', str(key), known)}")
-        if "${" in str(value):
-            raise ConfigError(f"{path}: {key} = {value!r}: interpolations are refused; write the value itself")
     ctx.default_map = {str(known[key]): value for key, value in values.items()}
 
 

@@ -17,11 +17,11 @@ def command(config: str, overrides: tuple[str, ...], resume: str) -> None:
 
     On several devices: accelerate launch -m arimg.train CONFIG.yaml ..., or torchrun -m with the same.
     """
-    from accelerate import PartialState
-
     from arimg.train.launch import main
 
     folder = main(Path(config), overrides, resume)
+    from accelerate import PartialState         # slow; errors of the YAML file come first
+
     if PartialState().is_main_process:
         click.echo(folder)
     PartialState().destroy_process_group()

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from arimg.config import check_sizes
 from arimg.control.vit import SmallViT
 from arimg.errors import ConfigError, InputError
 
@@ -40,6 +41,7 @@ class EncoderConfig:
     types: tuple[str, ...] = ("canny",)     # control types it was trained on
 
     def __post_init__(self) -> None:
+        check_sizes(self)
         if self.kind not in NORM_EPS:
             raise ConfigError(f"control encoder kind {self.kind!r} is unknown; use one of {', '.join(NORM_EPS)}")
         if self.embed_dim % self.heads:

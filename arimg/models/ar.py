@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from arimg.config import check_sizes
 from arimg.errors import ConfigError, InputError
 from arimg.models.base import Condition
 from arimg.models.layers import (EXTENT_STEP, MLP, Attention, Cache, RMSNorm, SequenceCache, SwiGLU, Window,
@@ -49,6 +50,7 @@ class ARConfig:
     ffn_dropout: float = 0.1
 
     def __post_init__(self) -> None:
+        check_sizes(self)
         object.__setattr__(self, "inject_layers", tuple(self.inject_layers))
         for name, choices in (("conditioning", ("class", "text")), ("rope_prefix", ("zero", "identity")),
                               ("rope_grid", ("table", "true"))):

@@ -12,8 +12,10 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from arimg.errors import ConfigError, InputError
+from arimg.config import check_sizes
+from arimg.errors import InputError
 from arimg.models.ar import ARConfig, Block
 from arimg.models.base import Condition, Order
 from arimg.models.diffusion_head import HeadConfig, build_head
@@ -41,9 +43,8 @@ class CausalConfig:
     head: HeadConfig = field(default_factory=HeadConfig)
 
     def __post_init__(self) -> None:
+        check_sizes(self)
         object.__setattr__(self, "inject_layers", tuple(self.inject_layers))
-        if self.prefix_rows < 1:
-            raise ConfigError(f"prefix_rows {self.prefix_rows}: the class needs at least one row")
         self.trunk()
 
     def trunk(self) -> ARConfig:
@@ -72,6 +73,7 @@ class CausalTransformer(nn.Module):
         super().__init__()
         self.config = config
         self.attention_backend = "sdpa"
+        self.checkpoint_blocks = False      # compute blocks again in the backward pass instead of keeping them
         self.channels = config.token_channels
         self.prefix_length = config.prefix_rows
         self.inject_points = len(config.inject_layers)
@@ -146,7 +148,10 @@ class CausalTransformer(nn.Module):
             for k in (k for k, place in enumerate(self.config.inject_layers) if place == index):
                 if inject_KRWD is not None:
                     x_RWD = x_RWD + inject_KRWD[k].to(x_RWD.dtype)
-            x_RWD = layer(x_RWD, window, self.attention_backend)
+            if self.checkpoint_blocks and torch.is_grad_enabled():
+                x_RWD = checkpoint(layer, x_RWD, window, self.attention_backend, use_reentrant=False)
+            else:
+                x_RWD = layer(x_RWD, window, self.attention_backend)
         return self.norm(x_RWD)
 
     def forward(self, latents_BLC: Tensor, condition: Condition, grid: tuple[int, int],

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from arimg.config import check_sizes
 from arimg.errors import ConfigError
 from arimg.models.base import HeadSample
 from arimg.models.layers import at_least_float32
@@ -38,6 +39,7 @@ class HeadConfig:
     last_std: float = 0.00625       # flow only: noise that `last_noise` adds to a token
 
     def __post_init__(self) -> None:
+        check_sizes(self)
         if self.kind not in ("diffusion", "flow"):
             raise ConfigError(f"kind {self.kind!r}: choose diffusion or flow")
         if self.method not in METHODS:

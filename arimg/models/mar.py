@@ -16,7 +16,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from arimg.config import check_sizes
 from arimg.errors import ConfigError, InputError
 from arimg.models.base import Condition, Order
 from arimg.models.diffusion_head import HeadConfig, build_head
@@ -48,6 +50,7 @@ class MARConfig:
     head: HeadConfig = field(default_factory=HeadConfig)
 
     def __post_init__(self) -> None:
+        check_sizes(self, "buffer")
         for name in ("inject_encoder", "inject_decoder"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         for part in ("encoder", "decoder"):
@@ -125,6 +128,7 @@ class MARTransformer(nn.Module):
         super().__init__()
         self.config = config
         self.attention_backend = "sdpa"
+        self.checkpoint_blocks = False      # compute blocks again in the backward pass instead of keeping them
         self.channels = config.token_channels
         self.inject_points = len(config.inject_layers)
         length, encoder, decoder = config.grid ** 2, config.encoder_dim, config.decoder_dim
@@ -154,6 +158,11 @@ class MARTransformer(nn.Module):
         for tensor in (self.class_emb.weight, self.fake_latent, self.mask_token, self.encoder_pos_embed_learned,
                        self.decoder_pos_embed_learned, self.diffusion_pos_embed_learned):
             nn.init.normal_(tensor, std=0.02)
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """All blocks."""
+        return [*self.encoder_blocks, *self.decoder_blocks]
 
     @property
     def head(self) -> nn.Module:
@@ -205,7 +214,7 @@ class MARTransformer(nn.Module):
                 if inject_KRLD is not None:
                     here = _rows(inject_KRLD[k], index_RV[:inject_KRLD.shape[1]])
                     x_RSE = _added(x_RSE, here, buffer)
-            x_RSE = block(x_RSE, mask, self.attention_backend)
+            x_RSE = self._run(block, x_RSE, mask)
         return Visible(self.encoder_norm(x_RSE), index_RV, real_RV)
 
     def decode(self, visible: Visible, inject_KRLD: Tensor | None = None) -> Tensor:
@@ -223,8 +232,17 @@ class MARTransformer(nn.Module):
             for k in (k for k, place in enumerate(self.config.inject_decoder) if place == layer):
                 if inject_KRLD is not None:
                     x_RSD = _added(x_RSD, inject_KRLD[before + k], buffer)
-            x_RSD = block(x_RSD, None, self.attention_backend)
+            x_RSD = self._run(block, x_RSD, None)
         return self.decoder_norm(x_RSD)[:, buffer:] + self.diffusion_pos_embed_learned
+
+    def _run(self, block: nn.Module, x: Tensor, mask: Tensor | None) -> Tensor:
+        """A block's output."""
+        y: Tensor
+        if self.checkpoint_blocks and torch.is_grad_enabled():
+            y = checkpoint(block, x, mask, self.attention_backend, use_reentrant=False)
+        else:
+            y = block(x, mask, self.attention_backend)
+        return y
 
 
 def _rows(x_RLD: Tensor, index_RV: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from arimg.config import check_sizes
 from arimg.errors import ConfigError, InputError
 from arimg.models.base import Condition
 from arimg.models.layers import Cache, SequenceCache, Window, at_least_float32, attention
@@ -52,6 +53,7 @@ class VARConfig:
     conditioning: ClassVar[str] = "class"
 
     def __post_init__(self) -> None:
+        check_sizes(self)
         object.__setattr__(self, "inject_layers", tuple(self.inject_layers))
         object.__setattr__(self, "scales", tuple((height, width) for height, width in self.scales))
         if self.dim % self.heads:

@@ -14,9 +14,9 @@ from arimg.tokenizers.winograd import Conv3x3
 def check_widths(base_channels: int, multipliers: Sequence[int]) -> None:
     """Raises ConfigError when a level has a width that group norm cannot part."""
     widths = [base_channels * multiplier for multiplier in (1, *multipliers)]
-    if any(width % 32 or not width for width in widths):
+    if not multipliers or any(width % 32 or not width for width in widths):
         raise ConfigError(f"base_channels={base_channels}, multipliers={list(multipliers)} give widths {widths}; "
-                          "group norm needs multiples of 32")
+                          "group norm needs multiples of 32, and at least one level")
 
 
 def check_image(images_B3HW: Tensor, stride: int) -> None:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from arimg.config import check_sizes
 from arimg.errors import ConfigError, InputError
 from arimg.noise import CounterNoise, Purpose
 from arimg.tokenizers.convnet import Decoder, Encoder, check_image, check_widths
@@ -40,6 +41,7 @@ class KLConfig:
     scale: float = 0.2325                               # 1 / std of the latents of the training images
 
     def __post_init__(self) -> None:
+        check_sizes(self, "res_blocks")
         check_widths(self.base_channels, self.multipliers)
         levels = range(len(self.multipliers))
         for name in ("attention_levels", "decoder_attention_levels"):

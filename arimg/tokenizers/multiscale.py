@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from arimg.config import check_sizes
 from arimg.errors import ConfigError, InputError
 from arimg.presets import VAR_SIDES, square_scales
 from arimg.tokenizers.base import Encoded
@@ -52,10 +53,9 @@ class MultiscaleConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "scales", tuple((height, width) for height, width in self.scales))
+        check_sizes(self, "res_blocks", "phis")
         check_widths(self.base_channels, self.multipliers)
         check_scales(self.scales, ConfigError)
-        if self.phis < 0:
-            raise ConfigError(f"phis={self.phis}: give their number, or 0 for one per scale")
         if self.conv_kernel % 2 == 0:
             raise ConfigError(f"conv_kernel={self.conv_kernel}: an even kernel shifts the map; give an odd one")
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from arimg.config import check_sizes
 from arimg.errors import ConfigError
 from arimg.tokenizers.base import Encoded
 from arimg.tokenizers.convnet import Decoder, Encoder, check_image, check_widths
@@ -34,6 +35,7 @@ class VQConfig:
     entropy_ratio: float = 0.0                              # 0 = the term is not computed
 
     def __post_init__(self) -> None:
+        check_sizes(self, "res_blocks")
         if len(self.decoder_multipliers or self.multipliers) != len(self.multipliers):
             raise ConfigError(f"decoder_multipliers={list(self.decoder_multipliers or ())}: the encoder has "
                               f"{len(self.multipliers)} levels; give as many")

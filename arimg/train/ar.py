@@ -26,6 +26,7 @@ from arimg.errors import ConfigError
 from arimg.images import make_grid, to_pil
 from arimg.models.ar import ARConfig, ARTransformer
 from arimg.models.base import Condition
+from arimg.registry import DECODERS
 from arimg.train.captions import CachedCaptions, Captions, LiveCaptions, captions_cache, load_encoder
 from arimg.train.codes import Codes, open_codes
 from arimg.train.crops import Crop, bucket_sizes
@@ -55,9 +56,16 @@ class ARRun(RunConfig):
         super().__post_init__()
         if not self.tokenizer:
             raise ConfigError("tokenizer: is empty; give the folder that the tokenizer run exported, tokenizer=FOLDER")
-        if not 0 <= self.token_noise < 1 or not 0 <= self.short_captions <= 1:
-            raise ConfigError(f"token_noise={self.token_noise}, short_captions={self.short_captions}: are shares; "
-                              "write numbers from 0 to 1")
+        check_shares(token_noise=self.token_noise, short_captions=self.short_captions)
+        check_shares(**{"model.class_dropout": self.model.class_dropout})
+        DECODERS.check(self.settings.decoder)
+
+
+def check_shares(**shares: float) -> None:
+    """Raises ConfigError for a number that is not in [0, 1]."""
+    for name, share in shares.items():
+        if not 0 <= share <= 1:
+            raise ConfigError(f"{name}={share}: is a share of the samples or codes; write a number from 0 to 1")
 
 
 class ARTask(nn.Module):

@@ -20,7 +20,7 @@ from arimg.control.base import get_type
 from arimg.data import to_images
 from arimg.errors import ConfigError, UnknownNameError
 from arimg.interop.controlar import encoder_state
-from arimg.train.ar import ARObjective, ARRun, ARTask
+from arimg.train.ar import ARObjective, ARRun, ARTask, check_shares
 from arimg.train.crops import Crop
 from arimg.train.data import Example, MapSource
 from arimg.train.map_sources import KINDS, CachedMaps, ExtractedMaps, RandomMaps, maps_cache
@@ -42,6 +42,7 @@ class ControlRun(ARRun):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_shares(control_dropout=self.control_dropout)
         if self.maps not in KINDS:
             raise UnknownNameError("maps", self.maps, KINDS)
         if self.maps == "random":

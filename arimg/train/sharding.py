@@ -16,7 +16,7 @@ from arimg.errors import ConfigError
 
 
 def block_networks(network: nn.Module) -> list[Any]:
-    """The parts of a network that take `checkpoint_blocks`; their blocks are in `layers` or `blocks`."""
+    """The parts of a network that take `checkpoint_blocks`; their blocks are in `layers`."""
     return [module for module in network.modules() if hasattr(module, "checkpoint_blocks")]
 
 
@@ -45,7 +45,7 @@ def shard(network: nn.Module, device: torch.device) -> None:
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     network.to(device)
     for part in parts:
-        for block in part.layers if hasattr(part, "layers") else part.blocks:
+        for block in part.layers:
             fully_shard(block, mesh=mesh)
     fully_shard(network, mesh=mesh)
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.train.toy_runs import (EVERY, RECIPES, STEPS, finish, read_lines, read_log, run, start, stop_when,
-                                  weights, write_home)
+from tests.train.toy_runs import (EVERY, RECIPES, STEPS, finish, read_lines, read_log, run, start, stop_when, weights,
+                                  write_home)
 
 
 @pytest.fixture(scope="module")

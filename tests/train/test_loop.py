@@ -142,7 +142,7 @@ def test_a_missing_checkpoint_to_resume_is_one_line():
     ("objective: tokeniser\nname: x\n", UnknownNameError, "did you mean tokenizer"),
     ("objective: tokenizer\n", ConfigError, "name: is empty"),
     ("objective: control\nname: x\n", ConfigError, "tokenizer: is empty"),
-    ("objective: ar\nname: x\ntokenizer: y\ntoken_noise: 1.5\n", ConfigError, "write numbers from 0 to 1"),
+    ("objective: ar\nname: x\ntokenizer: y\ntoken_noise: 1.5\n", ConfigError, "write a number from 0 to 1"),
     ("objective: tokenizer\nname: x\noptim: {step: 3}\n", ConfigError, "did you mean optim.steps"),
 ])
 def test_recipe_faults_are_one_line(tmp_path, text, error, message):

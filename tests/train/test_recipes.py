@@ -105,6 +105,7 @@ BASE = "objective: control\nname: x\ntokenizer: t\n"
     ("data: {source: shard}", (), "unknown data.source 'shard'; did you mean shards"),
     ("data: {crop: {kind: tne}}", (), "unknown crop 'tne'; did you mean ten"),
     ("maps: cache", (), "unknown maps 'cache'; did you mean cached"),
+    ("settings: {decoder: jacoby}", (), "unknown decoder 'jacoby'; did you mean jacobi"),
     ("optim: {schedule: constnt}", (), "unknown schedule 'constnt'; did you mean constant"),
 ])
 def test_a_misspelt_key_or_name_is_answered_with_the_nearest(
@@ -112,6 +113,23 @@ def test_a_misspelt_key_or_name_is_answered_with_the_nearest(
     with pytest.raises(ArimgError) as caught:
         load_run(write(tmp_path, f"{BASE}{text}\n"), overrides)
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("override", "message"), [
+    ("name=../../elsewhere", "name=../../elsewhere: .* write it without slashes"),
+    ("name=..", "write it without slashes"),
+    ("seed=-1", "seed=-1: must be a whole number from 0"),
+    ("optim.lr=-1", r"optim.lr=-1.0: must be at least 0"),
+    ("train.ema_decay=2", r"train.ema_decay=2.0: must be at least 0 and below 1"),
+    ("control_dropout=3", "control_dropout=3.0: is a share"),
+    ("model.class_dropout=-1", "model.class_dropout=-1.0: is a share"),
+    ("model.layers=1000000000", "layers=1000000000: must be from 1 to 1000"),
+    ("model.heads=0", "heads=0: must be from 1"),
+    ("train.trackers=tensorboard", r"needs a list, for example \[a, b\]"),
+])
+def test_values_out_of_range(tmp_path: Path, override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_run(write(tmp_path, BASE), (override,))
 
 
 @pytest.mark.parametrize("value", ["${oc.env:SECRET}", "${oc.env:NOT_SET,x}", "${name}", "a${oc.env:SECRET}b",
@@ -141,6 +159,22 @@ def test_nor_by_an_override(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         load_run(write(tmp_path, BASE), ("init_from=${oc.env:SECRET}",))
 
 
+@pytest.mark.parametrize("value", ["${oc.create:${oc.decode:${oc.env:SECRET}}}", "${oc.decode:${oc.env:SECRET}}"])
+def test_nor_by_a_section_that_an_override_is_merged_into(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                          value: str) -> None:
+    """omegaconf resolves such a section when it merges."""
+    monkeypatch.setenv("SECRET", "{folder: password}")
+    with pytest.raises(ConfigError, match="data = .*interpolations are refused") as caught:
+        load_run(write(tmp_path, f"{BASE}data: {value}\n"), ("data.workers=3",))
+    assert "password" not in str(caught.value)
+
+
+@pytest.mark.parametrize("path", [path for path in RECIPES if "\ninit_from: ???" in path.read_text()], ids=name_of)
+def test_a_second_stage_asks_for_the_first(path: Path) -> None:
+    with pytest.raises(ConfigError, match="init_from: is left for you to fill in; write init_from=VALUE"):
+        load_run(path, ("tokenizer=t", "data.folder=x", "data.cache=x", "text_encoder=x"))
+
+
 def test_published_hyper_parameters() -> None:
     """Spot checks against the published table (specification sections 2.7 and 3.6)."""
     fields: dict[str, dict[str, Any]] = {
@@ -153,7 +187,7 @@ def test_published_hyper_parameters() -> None:
         "controlar/t2i-seg": {"optim.decay": 0.9, "model.inject_layers": (0, 12, 24)},
         "controlar/t2i-mr-hed": {"optim.lr": 1e-5, "model.block_size": 2304, "data.buckets.max_tokens": 2304},
     }
-    given = ("tokenizer=t", "data.folder=x")
+    given = ("tokenizer=t", "data.folder=x", "init_from=x")
     for name, expected in fields.items():
         overrides = given[1:] if "vq" in name else given
         config = load_run(CONFIGS / "train" / f"{name}.yaml", overrides)

@@ -79,7 +79,7 @@ RECIPES = {     # name: what its YAML file says besides the above; every registe
     "causal-control": f"objective: causal-control\n{_CAUSAL}{_CONTROL}, patch: 8, stride: 8}}\n",
 }
 SHARDED = {     # recipe: what must be changed for FSDP2, which splits no single numbers
-    "control": ("model.codebook_dim=null",), "var-control": ()}
+    "control": ("model.codebook_dim=null",), "var-control": (), "mar-control": (), "causal-control": ()}
 
 _PROCESSES = multiprocessing.get_context("forkserver")
 _PROCESSES.set_forkserver_preload([
