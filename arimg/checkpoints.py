@@ -212,6 +212,10 @@ def load_component(folder: str | Path, dtype: torch.dtype | None = None, device:
     if integers:
         raise CheckpointError(f"{folder}: {', '.join(integers[:3])} hold {state[integers[0]].dtype} values; "
                               "weights are floating-point numbers")
+    spoilt = [key for key, tensor in state.items() if not tensor.sum(dtype=torch.float32).isfinite()]
+    if spoilt:
+        raise CheckpointError(f"{folder}: {', '.join(spoilt[:3])} hold NaN or infinity; their training diverged or the "
+                              "file was spoilt: take another one")
     load_state(module, state, str(folder))
     return module.to(device=device, dtype=dtype).eval()
 

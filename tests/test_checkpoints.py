@@ -117,11 +117,23 @@ def test_config_errors(folder: Path) -> None:
     assert "dim 32 with 3 heads" in message(load_component, folder / "transformer")
 
 
-@pytest.mark.parametrize(("part", "values"), [("transformer", {"heads": 0}), ("transformer", {"vocab_size": -1}),
-                                              ("tokenizer", {"multipliers": []})])
-def test_values_that_build_no_network_are_one_line(folder: Path, part: str, values: dict[str, object]) -> None:
+@pytest.mark.parametrize(("part", "values", "why"), [
+    ("transformer", {"heads": 0}, "heads=0: must be from 1 to"),
+    ("transformer", {"vocab_size": -1}, "vocab_size=-1: must be from 1 to"),
+    ("transformer", {"layers": 10 ** 9}, "layers=1000000000: must be from 1 to 1000"),
+    ("tokenizer", {"multipliers": []}, "at least one level")])
+def test_values_that_build_no_network_are_one_line(folder: Path, part: str, values: dict[str, object],
+                                                   why: str) -> None:
     edit_json(folder / part / CONFIG, **values)
-    assert "its values build no" in message(load_component, folder / part)
+    assert why in message(load_component, folder / part)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_weights_that_are_not_finite_are_one_line(folder: Path, value: float) -> None:
+    state = load_file(folder / "transformer" / WEIGHTS)
+    state["norm.weight"][3] = value
+    save_file(state, folder / "transformer" / WEIGHTS)
+    assert "norm.weight hold NaN or infinity" in message(load_component, folder / "transformer")
 
 
 def test_deeply_nested_json_and_integer_weights_are_one_line(folder: Path) -> None:

@@ -20,7 +20,7 @@ def command(config: str, overrides: tuple[str, ...], resume: str) -> None:
     from arimg.train.launch import main
 
     folder = main(Path(config), overrides, resume)
-    from accelerate import PartialState         # slow; errors of the YAML file come first
+    from accelerate import PartialState  # slow; errors of the YAML file come first
 
     if PartialState().is_main_process:
         click.echo(folder)

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -129,13 +130,15 @@ class Trainer:
     # Checkpoints
 
     def save(self) -> None:
-        """Write a checkpoint, unless this step has one. Raises CheckpointError when the disk refuses."""
+        """Write a checkpoint, unless this step has one. Raises CheckpointError when the disk refuses, and rather than
+        keep weights that are not numbers any more."""
         if self.saved_step == self.step:
             return
         parts: dict[str, Any] = {"loop": {"step": self.step, "micros": self.micros,
                                           "objective": self.objective.state_dict()}}
         for name, learner in self.learners.items():
             parts |= {f"{name}.{kind}": part for kind, part in learner.state().items()}
+            self._check_finite({key: tensor.sum() for key, tensor in parts[f"{name}.weights"].items()})
         error = None
         if self.accelerator.is_main_process:
             texts = {"config.yaml": dump_config(self.config), "versions.json": json.dumps(library_versions(), indent=1)}
@@ -207,6 +210,14 @@ class Trainer:
             self._record(means)
         return means
 
+    def _check_finite(self, figures: Mapping[str, Tensor | float]) -> None:
+        """Raises CheckpointError for NaN or infinity: every later step would be lost. All processes see the same."""
+        for name, value in figures.items():
+            if not math.isfinite(value):
+                raise CheckpointError(
+                    f"{self.config.name}: {name} is {float(value)} at step {self.step}: the run has diverged; take its "
+                    "last checkpoint or start again, with a lower optim.lr, more optim.warmup_steps or another seed")
+
     def _record(self, figures: dict[str, float]) -> None:
         """One JSON line of the run's log; the same to the trackers."""
         with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
@@ -249,6 +260,7 @@ class Trainer:
                 if self.step % self.config.train.log_steps == 0:
                     means = self.log({**figures, "lr": self.first.optimizer.param_groups[0]["lr"],
                                       "images_per_second": images * clock.lap(self.step)})
+                    self._check_finite(means)
                     bar.set_postfix({name: f"{value:.4g}" for name, value in means.items()})
                 if clock.validate_at(self.step):
                     self.validate()

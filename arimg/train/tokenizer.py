@@ -90,13 +90,13 @@ class TokenizerObjective:
 
     def __init__(self, config: TokenizerRun) -> None:
         self.config = config
+        train, held_out = open_splits(config.data)
         torch.manual_seed(config.seed)
         self.network = TokenizerTask(config)
         if config.init_from:
             load_state(self.network.tokenizer, load_component(config.init_from).state_dict(), config.init_from)
         self.network.to(memory_format=torch.channels_last)
         self.adversary = Adversary(config.loss, PatchDiscriminator()) if config.loss.adversarial else None
-        train, held_out = open_splits(config.data)
         data, crop = config.data, Crop(config.data.crop, flip=True)
         whole = self._whole_size(train.source)
         self.size = (data.crop.size, data.crop.size) if data.crop.size else whole

@@ -8,7 +8,7 @@ import torch
 
 from arimg.checkpoints import load_component
 from arimg.control.adapter import ControlConfig
-from arimg.errors import ConfigError, UnknownNameError
+from arimg.errors import CheckpointError, ConfigError, UnknownNameError
 from arimg.models.ar import ARConfig
 from arimg.pipeline import Pipeline
 from arimg.tokenizers.vq import VQConfig
@@ -173,3 +173,20 @@ def test_a_control_run_starts_from_given_weights(tokenizer_folder):
     network = ControlObjective(replace(config, name="second", init_from=str(folder))).network
     assert_same_weights(network.transformer, load_component(folder / "transformer"))
     assert_same_weights(network.control, load_component(folder / "control"))
+
+
+@pytest.mark.parametrize("spoil", ["loss", "weights"])
+def test_a_run_that_diverges_stops_and_keeps_its_checkpoints(spoil, monkeypatch):
+    config = replace(tokenizer_run("diverged"), train=LoopConfig(log_steps=1 if spoil == "loss" else 9, save_steps=2))
+    trainer = Trainer(config, TokenizerObjective(config))
+    whole = trainer.train_step
+
+    def train_step():
+        figures = whole()
+        if trainer.step == 4 and spoil == "weights":
+            next(trainer.first.module.parameters()).data.fill_(torch.nan)
+        return {**figures, "loss": torch.tensor(torch.nan)} if trainer.step == 4 else figures
+    monkeypatch.setattr(trainer, "train_step", train_step)
+    with pytest.raises(CheckpointError, match="is nan at step 4: the run has diverged.*lower optim.lr"):
+        trainer.fit()
+    assert [path.name for path in list_checkpoints(config.folder())] == ["checkpoint-2"]
