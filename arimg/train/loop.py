@@ -29,6 +29,7 @@ from tqdm import tqdm
 from arimg.config import dump_config
 from arimg.devices import training_precision
 from arimg.errors import CheckpointError
+from arimg.images import replacing
 from arimg.train.checkpointing import write_checkpoint
 from arimg.train.interrupt import Interrupt
 from arimg.train.learner import Learner
@@ -177,7 +178,8 @@ class Trainer:
         with self._showing() as network:
             if network is not None:
                 self.objective.export(network, folder)
-                self.objective.sample(network).save(self.folder / f"sample-{self.step:06d}.png")
+                with replacing(self.folder / f"sample-{self.step:06d}.png") as stream:
+                    self.objective.sample(network).save(stream, "png")
         return folder
 
     def validate(self) -> None:
