@@ -47,8 +47,8 @@ class KLConfig:
         for name in ("attention_levels", "decoder_attention_levels"):
             if any(level not in levels for level in getattr(self, name)):
                 raise ConfigError(f"{name}={list(getattr(self, name))}: the levels are 0 to {levels[-1]}")
-        if self.patch_size < 1 or not self.scale > 0:
-            raise ConfigError(f"patch_size={self.patch_size}, scale={self.scale}: both must be positive")
+        if not self.scale > 0:
+            raise ConfigError(f"scale={self.scale}: must be positive")
 
 
 @dataclass(frozen=True)

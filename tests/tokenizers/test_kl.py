@@ -191,7 +191,7 @@ def test_what_diffusers_alone_has() -> None:
     ({"base_channels": 48}, "group norm needs multiples of 32"),
     ({"attention_levels": (2,)}, r"attention_levels=\[2\]: the levels are 0 to 1"),
     ({"decoder_attention_levels": (-1,)}, r"decoder_attention_levels=\[-1\]: the levels are 0 to 1"),
-    ({"patch_size": 0}, "both must be positive"), ({"scale": 0.0}, "both must be positive"),
+    ({"patch_size": 0}, "patch_size=0: must be from 1"), ({"scale": 0.0}, "scale=0.0: must be positive"),
 ])
 def test_config_errors(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):

@@ -256,7 +256,7 @@ def test_round_trip(tmp_path: Path) -> None:
     ({"scales": ()}, r"scales=\[\]: give \(h, w\) pairs of positive sides, from coarse to fine"),
     ({"scales": ((2, 2), (1, 1))}, "from coarse to fine"),
     ({"scales": ((0, 1), (4, 4))}, "positive sides"),
-    ({"phis": -1}, "phis=-1: give their number"),
+    ({"phis": -1}, "phis=-1: must be from 0"),
     ({"conv_kernel": 2}, "conv_kernel=2: an even kernel"),
     ({"base_channels": 40}, "group norm needs multiples of 32"),
 ])
