@@ -28,7 +28,7 @@ from arimg.tokenizers.vq import VQConfig, VQTokenizer
 from tests.train.toy_emoji import write_toy_emoji
 
 STEPS, EVERY = 12, 3
-PATIENCE = 240      # seconds that any wait may take on a busy machine
+PATIENCE = 900      # seconds that any wait may take on a busy machine
 _COMMON = f"""
 seed: 3
 optim: {{steps: {STEPS}, warmup_steps: 2, lr: 2.0e-3}}
