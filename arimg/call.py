@@ -58,6 +58,7 @@ class CallOptions:
     decoder: str | Decoder = "ar"                           # the model's own
     window: int | str | None = None                         # positions per pass, or "auto"; None = the decoder's own
     lossy: bool = False                                     # allow decoders that do not keep the model's law
+    verify: bool = False                                    # correct a one-step decoder's codes to the model's own
     audit: bool = False                                     # score the codes against plain decoding (one pass more)
     steps: int | None = None                                # for decoders with a number of steps
     cfg: float = 1.0                                        # the model's own

@@ -1,10 +1,11 @@
 """Pipeline folders in the diffusers layout, read and written without diffusers.
 
     model_index.json                  {"_class_name": "ArimgPipeline", "tokenizer": ["arimg.hub", "VQTokenizer"], ...,
-                                       "settings": {...}}
+                                       "decoders": {"dd1": ["arimg.hub", "ARStudent"]}, "settings": {...}}
     tokenizer/config.json             {"_class_name": "VQTokenizer", "codebook_size": 16384, ...}
     tokenizer/diffusion_pytorch_model.safetensors          or shards, listed in ....safetensors.index.json
     transformer/ ...  control/ ...  text_encoder/ ...
+    decoders/dd1/ ...                 a network that this decoder needs beside the transformer
 
 Networks are built on the meta device and take the tensors of the file, every key of which must fit.
 """
@@ -12,6 +13,7 @@ Networks are built on the meta device and take the tensors of the file, every ke
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import tempfile
 import typing
@@ -37,6 +39,7 @@ from arimg.weights import check_keys, read_safetensors
 INDEX = "model_index.json"
 CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+SECOND = "decoders/"        # before the name of a component that a decoder of this name needs
 PIPELINE_CLASS = "ArimgPipeline"
 
 _WEIGHT_NAMES = (WEIGHTS, "model.safetensors")
@@ -69,6 +72,11 @@ class Index:
     components: dict[str, tuple[str, str]]      # name = sub-folder -> (library, class)
     settings: PipelineSettings = PipelineSettings()
 
+    @property
+    def second_networks(self) -> tuple[str, ...]:
+        """Names of the decoders that have a network of their own."""
+        return tuple(name.removeprefix(SECOND) for name in self.components if name.startswith(SECOND))
+
 
 @dataclass(frozen=True)
 class ModelInfo:
@@ -78,14 +86,20 @@ class ModelInfo:
     folder: Path
     settings: PipelineSettings
     bytes: int                                  # of all its files
+    decoders: tuple[str, ...] = ()              # that have a network of their own in it
 
 
 def list_models() -> list[ModelInfo]:
     """The models that ship inside the package, by name."""
     assets = Path(str(files("arimg"))) / "assets"
     folders = sorted(path.parent for path in assets.glob(f"*/{INDEX}"))
-    return [ModelInfo(folder.name, folder, read_index(folder).settings,
-                      sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())) for folder in folders]
+    return [_model_info(folder) for folder in folders]
+
+
+def _model_info(folder: Path) -> ModelInfo:
+    index = read_index(folder)
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return ModelInfo(folder.name, folder, index.settings, size, index.second_networks)
 
 
 def find_model(name: str | Path, revision: str | None = None, local_files_only: bool = False) -> Path:
@@ -130,8 +144,8 @@ def read_index(folder: Path) -> Index:
     path = Path(folder) / INDEX
     content = _read_json(path)
     components = {}
-    for name, entry in content.items():
-        if name.startswith("_") or name == "settings" or entry in (None, [None, None]):
+    for name, entry in _entries(path, content).items():
+        if entry in (None, [None, None]):
             continue
         if not (isinstance(entry, list) and len(entry) == 2 and all(isinstance(part, str) for part in entry)):
             raise CheckpointError(f"{path}: entry {name!r} is {entry!r}; a component is [library, class]")
@@ -146,10 +160,21 @@ def read_index(folder: Path) -> Index:
     return Index(components, settings)
 
 
+def _entries(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
+    """What an index says of components, by sub-folder. Raises CheckpointError."""
+    entries = {name: entry for name, entry in content.items() if not name.startswith("_") and name != "settings"}
+    second = entries.pop(SECOND.rstrip("/"), None) or {}
+    if not isinstance(second, dict) or not all(re.fullmatch(r"[\w-]+", name) for name in second):
+        raise CheckpointError(f"{path}: decoders is {second!r}; it maps names of decoders to [library, class]")
+    return entries | {f"{SECOND}{name}": entry for name, entry in second.items()}
+
+
 def write_index(folder: Path, index: Index) -> None:
     """Write model_index.json."""
     content: dict[str, Any] = {"_class_name": PIPELINE_CLASS}
-    content.update({name: list(entry) for name, entry in index.components.items()})
+    content.update({name: list(entry) for name, entry in index.components.items() if not name.startswith(SECOND)})
+    if index.second_networks:
+        content[SECOND.rstrip("/")] = {name: list(index.components[SECOND + name]) for name in index.second_networks}
     content["settings"] = to_dict(index.settings)
     _write_json(Path(folder) / INDEX, content)
 
@@ -158,7 +183,8 @@ def save_pipeline(folder: str | Path, components: Mapping[str, Any], settings: P
                   dtype: torch.dtype | None = None) -> Path:
     """Write a whole pipeline folder, or nothing; an older pipeline folder of that name is replaced.
 
-    `components`: name -> network of ours, or any object with its own `save_pretrained` (text encoder, text tokenizer).
+    `components`: name -> network of ours, or any object with its own `save_pretrained` (text encoder, text tokenizer);
+    "decoders/dd1" is the network that the decoder dd1 needs.
     `dtype` casts our networks' floating-point tensors. Raises CheckpointError when it cannot be written.
     """
     folder = Path(folder)

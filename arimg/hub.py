@@ -14,10 +14,10 @@ from diffusers import ConfigMixin, DiffusionPipeline, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
-from arimg.checkpoints import PipelineSettings, find_model, read_index
+from arimg.checkpoints import SECOND, PipelineSettings, find_model, load_component, read_index, save_component
 from arimg.config import from_dict, to_dict
 from arimg.control import adapter
-from arimg.models import ar, causal, mar, var
+from arimg.models import ar, causal, generators, mar, students, var, var_students
 from arimg.models.text import TextEncoder
 from arimg.pipeline import Pipeline
 from arimg.tokenizers import kl, multiscale, vq
@@ -110,6 +110,30 @@ class CausalTransformer(causal.CausalTransformer, _Shell):
     __init__ = _flat_init(causal.CausalTransformer, causal.CausalConfig)
 
 
+class ARStudent(students.ARStudent, _Shell):
+    """arimg.models.students.ARStudent; keywords are the fields of ARStudentConfig."""
+
+    __init__ = _flat_init(students.ARStudent, students.ARStudentConfig)
+
+
+class VARStudent(var_students.VARStudent, _Shell):
+    """arimg.models.var_students.VARStudent; keywords are the fields of VARStudentConfig."""
+
+    __init__ = _flat_init(var_students.VARStudent, var_students.VARStudentConfig)
+
+
+class ARGenerator(generators.ARGenerator, _Shell):
+    """arimg.models.generators.ARGenerator; keywords are the fields of ARGeneratorConfig."""
+
+    __init__ = _flat_init(generators.ARGenerator, generators.ARGeneratorConfig)
+
+
+class VARGenerator(generators.VARGenerator, _Shell):
+    """arimg.models.generators.VARGenerator; keywords are the fields of VARGeneratorConfig."""
+
+    __init__ = _flat_init(generators.VARGenerator, generators.VARGeneratorConfig)
+
+
 class ControlAdapter(adapter.ControlAdapter, _Shell):
     """arimg.control.adapter.ControlAdapter; keywords are the fields of ControlConfig."""
 
@@ -128,11 +152,14 @@ class ArimgPipeline(DiffusionPipeline):
 
     def __init__(self, tokenizer: nn.Module, transformer: nn.Module, control: nn.Module | None = None,
                  text_encoder: Any = None, text_tokenizer: Any = None,
-                 settings: Mapping[str, Any] | None = None) -> None:
+                 settings: Mapping[str, Any] | None = None, decoders: Mapping[str, nn.Module] | None = None) -> None:
         super().__init__()
+        self.decoders = dict(decoders or {})
         self.register_modules(tokenizer=tokenizer, transformer=transformer, control=control, text_encoder=text_encoder,
                               text_tokenizer=text_tokenizer)
-        self.register_to_config(settings=dict(settings or to_dict(PipelineSettings())))
+        classes = {name: ["arimg.hub", type(network).__name__] for name, network in self.decoders.items()}
+        self.register_to_config(settings=dict(settings or to_dict(PipelineSettings())),
+                                **({"decoders": classes} if classes else {}))
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, revision: str | None = None,
@@ -142,10 +169,17 @@ class ArimgPipeline(DiffusionPipeline):
         Raises CheckpointError or UnknownNameError, also on folders that want code from libraries we do not trust.
         """
         folder = find_model(pretrained_model_name_or_path, revision, local_files_only)
-        read_index(folder)
+        names = read_index(folder).second_networks
         kwargs.pop("custom_pipeline", None)                 # would run the folder's own code
-        loaded: ArimgPipeline = super().from_pretrained(str(folder), **kwargs)
+        networks = {name: load_component(folder / SECOND / name) for name in names}
+        loaded: ArimgPipeline = super().from_pretrained(str(folder), **{"decoders": networks, **kwargs})
         return loaded
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """As diffusers does, and the networks of single decoders."""
+        super().save_pretrained(save_directory, **kwargs)
+        for name, network in self.decoders.items():
+            save_component(network, Path(save_directory) / SECOND / name)
 
     def __call__(self, control: Any = None, callback_on_step_end: Callable[..., Any] | None = None,
                  **options: Any) -> Any:
@@ -162,5 +196,7 @@ class ArimgPipeline(DiffusionPipeline):
     def plain(self) -> Pipeline:
         """The same networks as an arimg.Pipeline."""
         text = None if self.text_encoder is None else TextEncoder(self.text_encoder, self.text_tokenizer)
+        decoders = {name: network.to(self.transformer.device, self.transformer.dtype)
+                    for name, network in self.decoders.items()}
         return Pipeline(self.tokenizer, self.transformer, self.control, text,
-                        from_dict(PipelineSettings, self.config.settings))
+                        from_dict(PipelineSettings, self.config.settings), decoders)

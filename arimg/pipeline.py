@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,20 +14,23 @@ from torch import Tensor
 from arimg import images
 from arimg.accel.audit import audit
 from arimg.accel.base import (DecodeRequest, DecodeResult, DecodeStats, Guidance, OnStep, Sampling, StepInfo,
-                              check_order, find_decoder, token_scales)
+                              token_scales)
+from arimg.accel.find import find_decoder, second_network
 from arimg.accel.scale import latent_map
 from arimg.accel.target import Target, branch_scales
 from arimg.call import CallOptions, call_options, checked_size, image_seeds
-from arimg.checkpoints import PipelineSettings, find_model, load_component, read_index, save_pipeline
+from arimg.checkpoints import SECOND, PipelineSettings, find_model, load_component, read_index, save_pipeline
 from arimg.conditions import ControlMap, condition_of, control_maps, log, repeat_condition, repeat_rows
 from arimg.control.fusion import combine
 from arimg.devices import find_device, find_dtype, synchronize
 from arimg.errors import CheckpointError, InputError
+from arimg.fit import check_fit
 from arimg.inference import lay_out
 from arimg.models.base import order_of
 from arimg.models.text import TextEncoder
 from arimg.quantize import check_quantize
 from arimg.quantize import quantize as quantized
+from arimg.registry import DECODERS
 from arimg.threads import cpu_threads, decode_threads
 
 
@@ -42,7 +46,8 @@ class PipelineOutput(NamedTuple):
 
 
 class Pipeline:
-    """Tokenizer, transformer and, as the model has them, control component and text encoder.
+    """Tokenizer, transformer and, as the model has them, control component, text encoder and the networks that single
+    decoders need: `decoders`, by the decoder's name.
 
         pipe = Pipeline.from_pretrained("emoji")
         pipe(control="canny.png", class_name="fluent/animals", seeds=[0, 1, 2, 3]).images[0].save("cat.png")
@@ -51,24 +56,27 @@ class Pipeline:
     """
 
     def __init__(self, tokenizer: Any, transformer: Any, control: Any = None, text: TextEncoder | None = None,
-                 settings: PipelineSettings = PipelineSettings()) -> None:
+                 settings: PipelineSettings = PipelineSettings(), decoders: Mapping[str, Any] | None = None) -> None:
         """Raises CheckpointError when the parts do not fit together."""
         self.tokenizer = tokenizer
         self.transformer = transformer
         self.control = control
         self.text = text
         self.settings = settings
-        _check_fit(tokenizer, transformer, control)
+        self.decoders = dict(decoders or {})
+        check_fit(tokenizer, transformer, control, self.decoders)
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path, device: str | torch.device = "auto",
                         dtype: str | torch.dtype = "auto", revision: str | None = None, local_files_only: bool = False,
-                        text: bool = True, quantize: str | None = None) -> "Pipeline":
+                        text: bool = True, quantize: str | None = None,
+                        decoders: Collection[str] | None = None) -> "Pipeline":
         """Load an embedded model by its name, a pipeline folder, or a hub id.
 
         `dtype` "auto" is bfloat16 where the device multiplies it fast, else float32; the tokenizer keeps at least
         float32. `text=False` leaves the text encoder out; captions are then given as `prompt_embeds`. `quantize`
         "fp16", "int8" or "int4" stores the weights of the transformer's blocks so; such a pipeline is not saved.
+        `decoders`: names of those whose own networks are loaded, beside the model's own decoder; None = all.
         Raises UnknownNameError, CheckpointError, InputError (device, dtype), MissingExtraError (text encoder).
         """
         check_quantize(quantize)
@@ -87,9 +95,13 @@ class Pipeline:
             transformer = quantized(transformer, quantize)
         tokenizer = load_component(folder / "tokenizer", _at_least_float32(kind), place)
         lay_out(getattr(tokenizer, "decoder", tokenizer))
+        wanted = set(index.second_networks)
+        if decoders is not None:
+            wanted &= {second_network(DECODERS.load(name)) for name in {*decoders, index.settings.decoder}}
         return cls(tokenizer, lay_out(transformer),
                    load_component(folder / "control", kind, place) if "control" in index.components else None,
-                   encoder, index.settings)
+                   encoder, index.settings,
+                   {name: load_component(folder / SECOND / name, kind, place) for name in sorted(wanted)})
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write a pipeline folder, or nothing. Raises CheckpointError."""
@@ -98,7 +110,8 @@ class Pipeline:
     @property
     def components(self) -> dict[str, Any]:
         """Sub-folder name -> part, those that the pipeline has."""
-        parts = {"tokenizer": self.tokenizer, "transformer": self.transformer, "control": self.control}
+        parts = {"tokenizer": self.tokenizer, "transformer": self.transformer, "control": self.control,
+                 **{SECOND + name: network for name, network in self.decoders.items()}}
         if self.text is not None:
             parts |= {"text_encoder": self.text.model, "text_tokenizer": self.text.tokenizer}
         return {name: part for name, part in parts.items() if part is not None}
@@ -141,8 +154,8 @@ class Pipeline:
         MissingExtraError, each with one line that says what to give instead.
         """
         call = call_options({"control": control, **options}, self.settings)
-        decoder = find_decoder(call.decoder, call.window, call.lossy)
-        check_order(call.decoder, decoder, self.transformer)
+        check_fit(self.tokenizer, self.transformer, self.control, self.decoders)
+        decoder = find_decoder(call.decoder, self.transformer, self.decoders, call.window, call.lossy, call.verify)
         clock = _Clock(self.device)
         request, maps = self._request(call)
         clock.lap("control")
@@ -266,36 +279,6 @@ class Pipeline:
                 ours(info)
             theirs(self, info.forward_pass - 1, info.fixed_tokens, {"codes": info.codes_BL})
         return both
-
-
-def _check_fit(tokenizer: Any, transformer: Any, control: Any) -> None:
-    for name, part, method in (("tokenizer", tokenizer, "space"), ("transformer", transformer, "null"),
-                               ("control", control, "inject")):
-        if part is not None and not hasattr(part, method):
-            raise CheckpointError(f"the {name} of the pipeline is of class {type(part).__name__}, which is none; "
-                                  f"put another network into the folder {name}")
-    faults, space = [], tokenizer.space()
-    ours, theirs = getattr(tokenizer, "token_channels", None), getattr(transformer, "channels", None)
-    if ours != theirs:
-        faults.append(f"numbers per token: {ours} in the tokenizer, {theirs} in the transformer (None: it has codes)")
-    elif space is not None and tokenizer.vocab_size != transformer.vocab_size:
-        faults.append(f"the tokenizer has {tokenizer.vocab_size} codes, the transformer {transformer.vocab_size}")
-    scales = None if space is None else space.scales
-    own = transformer.config.scales if order_of(transformer) == "scales" else None
-    if scales != own:
-        faults.append(f"the tokenizer has {_described(scales)}, the transformer {_described(own)}")
-    if control is not None:
-        for name, ours, theirs in (("pixels per token", control.config.stride, tokenizer.stride),
-                                   ("width", control.config.dim, transformer.config.dim),
-                                   ("injection points", control.config.points, transformer.inject_points)):
-            if ours != theirs:
-                faults.append(f"{name}: {ours} in the control component, {theirs} in the others")
-    if faults:
-        raise CheckpointError(f"the parts of the pipeline belong to different models: {'; '.join(faults)}")
-
-
-def _described(scales: tuple[tuple[int, int], ...] | None) -> str:
-    return "one scale" if scales is None else "scales " + ", ".join(f"{height}x{width}" for height, width in scales)
 
 
 def _latents(result: DecodeResult, request: DecodeRequest) -> Tensor:

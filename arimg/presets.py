@@ -126,6 +126,15 @@ VAR_PRESETS = {
 }
 
 
+# (layers, dim) of a teacher -> the passes of its published student: after so many clean tokens or scales; from `split`
+# on tokens are left as latents.
+STUDENT_PASSES: dict[tuple[int, int], dict[str, Any]] = {
+    (12, 768): {"timesteps": (0, 80), "split": 80}, (24, 1024): {"timesteps": (0, 80), "split": 130},
+    (16, 1024): {"timesteps": (0, 5), "split": 5}, (20, 1280): {"timesteps": (0, 4), "split": 4},
+    (24, 1536): {"timesteps": (0, 4), "split": 4},
+}
+
+
 @dataclass(frozen=True)
 class MARPreset:
     """One size of MAR (paper, table 4; heads and buffer from the code): encoder and decoder are alike."""

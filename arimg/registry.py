@@ -87,6 +87,8 @@ DECODERS = Registry("decoder", "arimg.decoders", {
     "cspd": "arimg.accel.continuous:Cspd",
     "cspd-relaxed": "arimg.accel.relaxed:CspdRelaxed",
     "jacobi-continuous": "arimg.accel.continuous:JacobiContinuous",
+    "dd1": "arimg.accel.dd1:Dd1",
+    "dd2": "arimg.accel.dd2:Dd2",
 })
 OBJECTIVES = Registry("objective", "arimg.objectives", {
     "tokenizer": "arimg.train.tokenizer:TokenizerObjective",

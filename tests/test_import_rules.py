@@ -27,7 +27,7 @@ LAYERS: tuple[tuple[frozenset[str], ...], ...] = (
     (frozenset({"features"}),),
     (frozenset({"models"}), frozenset({"tokenizers"}), frozenset({"control"})),
     (frozenset({"checkpoints", "interop"}), frozenset({"accel"}), frozenset({"backends"})),
-    (frozenset({"pipeline", "hub", "call", "conditions", "trace"}),),
+    (frozenset({"pipeline", "hub", "call", "conditions", "fit", "trace"}),),
     (frozenset({"evals"}),),
     (frozenset({"train"}),),
     (frozenset({"bench"}),),

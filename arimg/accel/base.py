@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,9 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from torch import Tensor
 
 from arimg.errors import InputError
-from arimg.models.base import Condition, Order, order_of
+from arimg.models.base import Condition
 from arimg.noise import CounterNoise
-from arimg.registry import DECODERS
 
 if TYPE_CHECKING:
     from arimg.accel.target import Target
@@ -133,49 +131,3 @@ class Decoder(Protocol):
 
     def decode(self, target: "Target", request: DecodeRequest, on_step: OnStep | None = None) -> DecodeResult:
         """Decode one batch."""
-
-
-def find_decoder(decoder: str | Decoder, window: int | str | None = None, lossy: bool = False) -> Decoder:
-    """The decoder of this name with this window (None = its own), or `decoder` itself.
-
-    Raises UnknownNameError, and InputError on a window that the decoder does not take, and on a decoder that changes
-    the model's law unless `lossy` allows it.
-    """
-    name = decoder if isinstance(decoder, str) else type(decoder).__name__
-    if isinstance(decoder, str):
-        decoder = _named(decoder, window)
-    elif window is not None:
-        raise InputError(f"window {window} beside a decoder object: give the window to the object itself")
-    if decoder.guarantee == "none" and not lossy:
-        raise InputError(f"the decoder {name} does not keep the model's law: add --lossy (lossy=True) to accept that, "
-                         f"or use one that does ({', '.join(_lawful(order_of(decoder)))})")
-    return decoder
-
-
-ORDERS = {"raster": "token by token", "scales": "scale by scale", "continuous": "continuous tokens"}
-
-
-def check_order(name: str | Decoder, decoder: Decoder, network: Any) -> None:
-    """Raises InputError when the decoder is for networks that predict tokens in another order than this one."""
-    order, own = order_of(decoder), order_of(network)
-    if order != own:
-        name = name if isinstance(name, str) else type(name).__name__
-        raise InputError(f"the decoder {name} paints {ORDERS[order]}, but this model {ORDERS[own]}; use "
-                         f"{' or '.join(_lawful(own))}")
-
-
-def _lawful(order: Order) -> list[str]:
-    """Names of the decoders that serve this order and keep the model's law."""
-    decoders = {name: DECODERS.load(name) for name in DECODERS.names()}
-    return [name for name, decoder in decoders.items() if order_of(decoder) == order and decoder.guarantee != "none"]
-
-
-def _named(name: str, window: int | str | None) -> Decoder:
-    factory = DECODERS.load(name)
-    if window is None:
-        built: Decoder = factory()
-    elif "window" not in inspect.signature(factory).parameters:
-        raise InputError(f"--window {window}: the decoder {name} has no window; leave it out, or use jacobi")
-    else:
-        built = factory(window=window)
-    return built

@@ -41,6 +41,7 @@ class Cspd:
 
     guarantee: Guarantee = "same-law"
     order: Order = "continuous"
+    second_network = "cspd"
 
     def __init__(self, draft: Any = None, window: int | str = 4, prefill: float = 0.0,
                  ramp: Ramp = "linear") -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -20,13 +20,16 @@ from arimg.accel.base import DecodeRequest, DecodeResult, DecodeStats, Guarantee
 from arimg.accel.scale import scale_ends, scale_laws
 from arimg.accel.target import Target
 from arimg.errors import InputError
-from arimg.models.base import Condition, order_of
+from arimg.models.base import Condition, Order, order_of
 from arimg.noise import Purpose
 from arimg.tokenizers.base import TokenSpace
 
 
 class Student(Protocol):
-    """A network that maps noise to tokens (models/students.py)."""
+    """A network that maps noise to tokens (models/students.py). `config.timesteps` and `config.split` tell the passes
+    that it was trained for."""
+
+    config: Any
 
     def __call__(self, latents_BLC: Tensor, clean_B: Tensor, condition: Condition, grid: tuple[int, int],
                  inject_KBLD: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -54,9 +57,7 @@ class Schedule:
                              "the first pass takes as clean; begin with timestep 0 or teacher units from 0")
 
 
-SCHEDULES = {       # as released, by student; the teacher's own law has cfg 2, and top-p 0.95 (VAR) or top-k 8000
-    "var-d16": Schedule((0, 5), 5), "var-d20": Schedule((0, 4), 4), "var-d24": Schedule((0, 4), 4),
-    "llamagen-B": Schedule((0, 80), 80), "llamagen-L": Schedule((0, 80), 130),
+SCHEDULES = {       # released, with the teacher; its own law has cfg 2, and top-p 0.95 (VAR) or top-k 8000
     "var-teacher-5-6": Schedule((0, 5), 5, teacher=(4, 5)), "var-teacher-4-6": Schedule((0, 5), 8, teacher=(3, 5)),
     "var-teacher-1-6": Schedule((5,), 9, teacher=(0, 5)),
     "llamagen-teacher-61-81": Schedule((0, 80), 180, teacher=(60, 80)),
@@ -85,12 +86,26 @@ def student_pass(student: Student, tokens_BLC: Tensor, noise_BLC: Tensor, clean:
     return torch.where(positions_L1 < clean, input_BLC, painted_BLC)
 
 
+def trained_schedule(student: Student, steps: int | None) -> Schedule:
+    """The first `steps` passes (None = one) that the student was trained for. Raises InputError."""
+    timesteps: tuple[int, ...] = student.config.timesteps
+    count = 1 if steps is None else steps
+    if count > len(timesteps):
+        known = ", ".join(map(str, timesteps))
+        raise InputError(f"--steps {count}: this student was trained for {len(timesteps)} "
+                         f"(timesteps {known} in its config.json); give at most that many")
+    return Schedule(timesteps[:count], student.config.split)
+
+
 class Dd1:
-    """Decodes with a student: one pass, or those of a schedule. Codes are those nearest to the latents it ends with."""
+    """Decodes with a student: the passes of a schedule, else the first `steps` of those that it was trained for (one if
+    not said). Codes are those nearest to the latents it ends with."""
 
     guarantee: Guarantee = "none"
+    orders: ClassVar[tuple[Order, ...]] = ("raster", "scales")
+    second_network = "dd1"
 
-    def __init__(self, student: Student, schedule: Schedule = Schedule()) -> None:
+    def __init__(self, student: Student, schedule: Schedule | None = None) -> None:
         self.student = student
         self.schedule = schedule
         self.order = order_of(student)
@@ -99,17 +114,19 @@ class Dd1:
     def decode(self, target: Target, request: DecodeRequest, on_step: OnStep | None = None) -> DecodeResult:
         """codes_BL and latents_BLC. `target` is asked only where the schedule names teacher units.
 
-        Raises InputError without a codebook, with forced codes, and on timesteps that the picture does not have.
+        Raises InputError without a codebook, with forced codes, on timesteps that the picture does not have, and on
+        more steps than the student knows.
         """
         space = checked_space(request)
         ends = unit_ends(request)
-        self._check(len(ends) - 1)
+        schedule = self.schedule or trained_schedule(self.student, request.steps)
+        check_timesteps(schedule, len(ends) - 1)
         noise_BLC = starting_noise(request)
-        split = ends[-1] if self.schedule.split is None else ends[min(self.schedule.split, len(ends) - 1)]
+        split = ends[-1] if schedule.split is None else ends[min(schedule.split, len(ends) - 1)]
         tokens_BLC, passes = noise_BLC, 0
-        for timestep in self.schedule.timesteps:
-            if self.schedule.teacher is not None and self.schedule.teacher[1] == timestep:
-                first, stop = self.schedule.teacher
+        for timestep in schedule.timesteps:
+            if schedule.teacher is not None and schedule.teacher[1] == timestep:
+                first, stop = schedule.teacher
                 tokens_BLC = resampled(target, tokens_BLC, ends, first, stop)
                 passes += target.forward_passes
             tokens_BLC = student_pass(self.student, tokens_BLC, noise_BLC, ends[timestep], split, request,
@@ -118,14 +135,16 @@ class Dd1:
             codes_BL = space.nearest(tokens_BLC)
             if on_step is not None:
                 on_step(StepInfo(passes, codes_BL.numel(), codes_BL.numel(), codes_BL))
-        stats = DecodeStats(passes, extra={"student_passes": len(self.schedule.timesteps)})
+        stats = DecodeStats(passes, extra={"student_passes": len(schedule.timesteps)})
         return DecodeResult(stats, codes_BL, tokens_BLC)
 
-    def _check(self, units: int) -> None:
-        last = self.schedule.timesteps[-1]
-        if last >= units:
-            raise InputError(f"timestep {last}: this picture has {units} units, so the last pass may begin at "
-                             f"{units - 1}; choose a schedule for pictures of this size")
+
+def check_timesteps(schedule: Schedule, units: int) -> None:
+    """Raises InputError when a picture of so many units ends before the last pass begins."""
+    last = schedule.timesteps[-1]
+    if last >= units:
+        raise InputError(f"timestep {last}: this picture has {units} units, so the last pass may begin at "
+                         f"{units - 1}; choose a schedule for pictures of this size")
 
 
 def resampled(target: Target, tokens_BLC: Tensor, ends: tuple[int, ...], first: int, stop: int) -> Tensor:

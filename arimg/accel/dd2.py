@@ -7,7 +7,7 @@ raster, scales of a pyramid).
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from arimg.accel.dd1 import checked_space, resampled, starting_noise, unit_ends
 from arimg.accel.scale import scale_inputs
 from arimg.accel.target import Target
 from arimg.errors import InputError
-from arimg.models.base import Condition, order_of
+from arimg.models.base import Condition, Order, order_of
 from arimg.tokenizers.base import TokenSpace
 
 
@@ -48,10 +48,12 @@ def shifted(latents_BLC: Tensor, space: TokenSpace) -> Tensor:
 
 
 class Dd2:
-    """Decodes with a generator: one pass; then, if `teacher_from` is given, the teacher draws the units from there on
-    anew (section 4.2: the last scales). Codes are those nearest to the latents."""
+    """Decodes with a generator: one pass; then the teacher draws the units from `teacher_from` on anew (section 4.2: the
+    last scales; None: the last `steps` - 1 units). Codes are those nearest to the latents."""
 
     guarantee: Guarantee = "none"
+    orders: ClassVar[tuple[Order, ...]] = ("raster", "scales")
+    second_network = "dd2"
 
     def __init__(self, generator: Generator, teacher_from: int | None = None) -> None:
         if teacher_from is not None and teacher_from < 1:
@@ -70,16 +72,27 @@ class Dd2:
         tokens_BLC = self.generator(shifted(noise_BLC, space), noise_BLC, request.condition, request.grid,
                                     request.inject_KBLD)
         codes_BL, passes = space.nearest(tokens_BLC), 1
-        if self.teacher_from is not None:
-            if self.teacher_from >= len(ends) - 1:
-                raise InputError(f"teacher_from {self.teacher_from}: this picture has {len(ends) - 1} units; give "
-                                 f"{len(ends) - 2} or less")
-            tokens_BLC = resampled(target, tokens_BLC, ends, self.teacher_from, len(ends) - 1)
+        first = self._teacher_from(len(ends) - 1, request.steps)
+        if first < len(ends) - 1:
+            tokens_BLC = resampled(target, tokens_BLC, ends, first, len(ends) - 1)
             codes_BL = space.nearest(tokens_BLC)
             passes += target.forward_passes
         if on_step is not None:
             on_step(StepInfo(passes, codes_BL.numel(), codes_BL.numel(), codes_BL))
         return DecodeResult(DecodeStats(passes), codes_BL, tokens_BLC)
+
+    def _teacher_from(self, units: int, steps: int | None) -> int:
+        """The first unit that the teacher draws, `units` if none. Raises InputError."""
+        if self.teacher_from is not None:
+            if self.teacher_from >= units:
+                raise InputError(f"teacher_from {self.teacher_from}: this picture has {units} units; give {units - 1} "
+                                 "or less")
+            return self.teacher_from
+        count = 1 if steps is None else steps
+        if count > units:
+            raise InputError(f"--steps {count}: this picture has {units} units, of which the generator paints at least "
+                             f"one; give {units} or less")
+        return units - count + 1
 
 
 class ArDiffusion:

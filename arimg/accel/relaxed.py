@@ -81,6 +81,7 @@ class CspdRelaxed:
 
     guarantee: Guarantee = "none"
     order: Order = "continuous"
+    second_network = "cspd"
 
     def __init__(self, draft: Any = None, window: int = 8, prefill: float = 0.15,
                  inner_temperature: float = 42.0, factor: Factor = "released", tries: int = 100,

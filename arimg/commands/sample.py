@@ -40,8 +40,12 @@ _MODEL_DEFAULTS = ("decoder", "cfg", "control_cfg", "temperature", "top_k", "top
 @click.option("--decoder", metavar="NAME", help="How tokens are decoded [default: the model's].")
 @click.option("--window", type=WINDOW, metavar="W|auto", help="Positions that a pass of the decoder judges [default: "
               "the decoder's].")
-@click.option("--steps", type=int, metavar="N", help="Steps of decoders that have a number of them (masked: 64).")
-@click.option("--lossy", is_flag=True, help="Allow decoders that do not keep the model's law (gsd, zipar).")
+@click.option("--steps", type=int, metavar="N", help="Steps of decoders that have a number of them "
+              "(masked: 64; dd1, dd2: 1).")
+@click.option("--verify", is_flag=True, help="Let the model correct the tokens of a one-step decoder (dd1, dd2) to its "
+              "own.")
+@click.option("--lossy", is_flag=True, help="Allow decoders that do not keep the model's law (gsd, zipar; dd1, dd2 "
+              "without --verify).")
 @click.option("--cfg", type=float, metavar="X", help="Guidance scale; 1 is none [default: the model's].")
 @click.option("--cfg-interval", type=INTERVAL, default="0:", metavar="A:B", help="Token positions A to B-1 are guided; "
               "no B = to the end [default: all].")
@@ -88,7 +92,8 @@ def command(ctx: click.Context, output: str, format_name: str | None, json_path:
             _check_side_file(option, path, names)
     from arimg.pipeline import Pipeline
 
-    pipe = Pipeline.from_pretrained(model, device, dtype, quantize=quantize)
+    named = () if options["decoder"] is None else (options["decoder"],)
+    pipe = Pipeline.from_pretrained(model, device, dtype, quantize=quantize, decoders=named)
     options.update({name: getattr(pipe.settings, name) for name in _MODEL_DEFAULTS if options[name] is None})
     sources, options["control"] = recipe.controls(ctx, options["control"], options["control_from"])
     out = _paint(pipe, options)
@@ -155,6 +160,7 @@ def _statistics(record: dict[str, Any], out: PipelineOutput, names: list[str]) -
     return {"images": names, "seeds": list(out.seeds), "codes_shape": codes_shape,
             "forward_passes": out.stats.forward_passes, "accepted_per_pass": list(out.stats.accepted_per_pass),
             "guarantee": out.stats.extra["guarantee"], "audit": audit and audit.record(), "seconds": out.stats.seconds,
+            "figures": {name: value for name, value in out.stats.extra.items() if isinstance(value, (int, float))},
             "options": record["options"]}
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from arimg.checkpoints import PipelineSettings, load_state, save_pipeline
+from arimg.checkpoints import SECOND, PipelineSettings, load_state, save_pipeline
 from arimg.config import from_dict
 from arimg.control.adapter import ControlAdapter, ControlConfig
 from arimg.control.fusion import injection_layers
@@ -30,9 +30,9 @@ from arimg.models.mar import MARConfig, MARTransformer
 from arimg.models.students import ARStudent, ARStudentConfig
 from arimg.models.text import TextEncoder
 from arimg.models.var import VARConfig, VARTransformer
-from arimg.models.var_students import VARStudent
-from arimg.presets import (AR_PRESETS, CONTROLAR, DISTILLED, LLAMAGEN, MAR, MAR_PRESETS, PUBLISHED, VAR, VAR_PRESETS,
-                           Family)
+from arimg.models.var_students import VARStudent, VARStudentConfig
+from arimg.presets import (AR_PRESETS, CONTROLAR, DISTILLED, LLAMAGEN, MAR, MAR_PRESETS, PUBLISHED, STUDENT_PASSES, VAR,
+                           VAR_PRESETS, Family)
 from arimg.registry import CONTROLS
 from arimg.tokenizers.kl import KLConfig, KLTokenizer
 from arimg.tokenizers.multiscale import MultiscaleTokenizer
@@ -196,25 +196,29 @@ def _teacher(transformer: OriginalFile) -> str:
 
 
 def _distilled(files: Files, options: Options, notify: Notify) -> tuple[Components, PipelineSettings]:
-    """Tokenizer and teacher as in their own files, and the student beside them."""
+    """Tokenizer and teacher as in their own files, and the student beside them, for the decoder dd1."""
     teacher = _teacher(files.transformer)
     components, settings = CONVERTERS[teacher](files, options, notify)
     law: dict[str, Any] = {"cfg": 3.0, "top_k": 900, "top_p": 0.95} if teacher == "var" else {"cfg": 2.0, "top_k": 8000}
     source = f"{settings.source}; {DISTILLED.source}, {DISTILLED.paper}"
-    return {**components, "student": _student(files, components)}, replace(settings, source=source, **law)
+    return {**components, f"{SECOND}dd1": _student(files, components, notify)}, replace(settings, source=source, **law)
 
 
-def _student(files: Files, components: Components) -> ARStudent | VARStudent:
+def _student(files: Files, components: Components, notify: Notify) -> ARStudent | VARStudent:
     assert files.student is not None
     path, state = files.student.path, files.student.state
     teacher, codebook = components["transformer"].config, components["tokenizer"].config
+    passes = STUDENT_PASSES.get((teacher.layers, teacher.dim), {})
+    if not passes:
+        notify(f"{path.name}: of no published size, so it is taken to be trained for one pass; \"timesteps\" and "
+               f"\"split\" in {SECOND}dd1/config.json say more")
     with torch.device("meta"):
         student: ARStudent | VARStudent
         if _teacher(files.transformer) == "var":
-            student = VARStudent(VARConfig(**infer_var_student_config(state, teacher.heads)))
+            student = VARStudent(VARStudentConfig(**infer_var_student_config(state, teacher.heads), **passes))
         else:
             sizes = infer_ar_student_config(state, teacher.heads)
-            student = ARStudent(ARStudentConfig(**sizes, block_size=teacher.block_size))
+            student = ARStudent(ARStudentConfig(**sizes, block_size=teacher.block_size, **passes))
     if (student.vocab_size, student.latent_dim) != (codebook.codebook_size, codebook.codebook_dim):
         raise CheckpointError(f"{path}: the student knows {student.vocab_size} codes of {student.latent_dim} channels, "
                               f"the tokenizer {codebook.codebook_size} of {codebook.codebook_dim}; give files of the "

@@ -9,7 +9,9 @@ Letters: B images; L tokens; C latent channels; D width; V codes; P prefix slots
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -50,14 +52,26 @@ def clean_mask(clean_B: Tensor, length: int) -> Tensor:
     return torch.arange(length, device=clean_B.device) < clean_B[:, None]
 
 
+def checked_timesteps(timesteps: Sequence[int], split: int | None) -> tuple[int, ...]:
+    """The passes that a student was trained for, as a tuple. Raises ConfigError."""
+    if not timesteps or timesteps[0] != 0 or any(t >= s for t, s in pairwise(timesteps)):
+        raise ConfigError(f"timesteps {list(timesteps)}: numbers of clean units that grow from 0, such as 0, 5")
+    if split is not None and split < 0:
+        raise ConfigError(f"split {split}: needs a number of units >= 0")
+    return tuple(timesteps)
+
+
 @dataclass(frozen=True)
 class ARStudentConfig(ARConfig):
-    """The teacher's shape, and the tokenizer's latent channels. Raises ConfigError."""
+    """The teacher's shape, the tokenizer's latent channels, the passes. Raises ConfigError."""
 
     latent_dim: int = 8
+    timesteps: tuple[int, ...] = (0,)       # clean tokens of the passes that it was trained for
+    split: int | None = None                # tokens from here on end as latents, earlier ones as codes; None: all codes
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        object.__setattr__(self, "timesteps", checked_timesteps(self.timesteps, self.split))
         if self.codebook_dim not in (None, self.latent_dim):
             raise ConfigError(f"latent_dim {self.latent_dim}: the codebook that the head is tied to has "
                               f"{self.codebook_dim} channels; give that number")
@@ -80,10 +94,12 @@ class ARStudent(nn.Module):
         nn.init.normal_(self.n_d_embed.weight, std=0.02)
 
     @classmethod
-    def from_teacher(cls, teacher: ARTransformer, latent_dim: int) -> ARStudent:
+    def from_teacher(cls, teacher: ARTransformer, latent_dim: int, timesteps: Sequence[int] = (0,),
+                     split: int | None = None) -> ARStudent:
         """A new student of `teacher`: its class or caption layers, blocks, final norm and output are copied; input
         layer, noise/data rows and latent head are fresh. With a tied codebook the input layer is the teacher's too."""
-        student = cls(ARStudentConfig(**asdict(teacher.config), latent_dim=latent_dim))
+        student = cls(ARStudentConfig(**asdict(teacher.config), latent_dim=latent_dim, timesteps=tuple(timesteps),
+                                      split=split))
         student.to(teacher.norm.weight)
         student.backbone.copy_from(teacher)
         return student

@@ -6,7 +6,8 @@ itself; nothing else of its own scale, so that its noise alone decides among the
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from typing import ClassVar
 
 import torch
@@ -14,25 +15,38 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from arimg.models.base import Condition, Order
-from arimg.models.students import LatentHead, StudentOutput, clean_mask
+from arimg.models.students import LatentHead, StudentOutput, checked_timesteps, clean_mask
 from arimg.models.var import Block, VARConfig, VARTransformer, init_linear
+
+
+@dataclass(frozen=True)
+class VARStudentConfig(VARConfig):
+    """The teacher's shape, and the passes. Raises ConfigError."""
+
+    timesteps: tuple[int, ...] = (0,)       # clean scales of the passes that it was trained for
+    split: int | None = None                # scales from here on end as latents, earlier ones as codes; None: all codes
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "timesteps", checked_timesteps(self.timesteps, self.split))
 
 
 class VARStudent(nn.Module):
     """Slot 1+j reads token j of the scales in one row, clean or noise, not the maps that the teacher reads.
 
     The noise/data embedding is added to the input, in every block between attention and FFN, and before both heads,
-    each time through a linear layer of its own. `config` is the teacher's.
+    each time through a linear layer of its own. `config.scales` are the teacher's.
     """
 
     order: ClassVar[Order] = "scales"
 
-    def __init__(self, config: VARConfig) -> None:
+    def __init__(self, config: VARStudentConfig) -> None:
         super().__init__()
         self.config = config
+        teacher = VARConfig(**{one.name: getattr(config, one.name) for one in fields(VARConfig)})
         self.vocab_size, self.latent_dim = config.vocab_size, config.codebook_dim
         self.inject_points = len(config.inject_layers)
-        self.backbone = VARTransformer(replace(config, scales=((1, 1), *config.scales)))
+        self.backbone = VARTransformer(replace(teacher, scales=((1, 1), *config.scales)))
         self.n_d_embed = nn.Embedding(2, config.dim)        # 0 noise, 1 data; the class is data
         self.layerwise_n_d_embed = nn.ModuleList(nn.Linear(config.dim, config.dim) for _ in range(config.layers + 1))
         self.final_layer_conti = LatentHead(config.dim, config.codebook_dim)
@@ -40,12 +54,13 @@ class VARStudent(nn.Module):
         init_linear(fresh, (3 * config.dim) ** -0.5)
 
     @classmethod
-    def from_teacher(cls, teacher: VARTransformer) -> VARStudent:
+    def from_teacher(cls, teacher: VARTransformer, timesteps: Sequence[int] = (0,),
+                     split: int | None = None) -> VARStudent:
         """A new student of `teacher`. Its level and position tables have rows for the first scale, which are fresh:
         the teacher's rows there were those of the class, and so they remain. Fresh are also all noise/data layers and
         the latent head; all else is copied. (The released initialisation made row 1 of the *class* table fresh
         instead.)"""
-        student = cls(teacher.config)
+        student = cls(VARStudentConfig(**asdict(teacher.config), timesteps=tuple(timesteps), split=split))
         student.to(teacher.pos_1LC)
         own, given = student.backbone.state_dict(), teacher.state_dict()
         first = teacher.prefix_length

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from arimg.accel.base import Decoder, DecodeRequest, DecodeResult, DecodeStats, Guarantee, OnStep, check_order
+from arimg.accel.base import Decoder, DecodeRequest, DecodeResult, DecodeStats, Guarantee, OnStep
 from arimg.accel.dd1 import Dd1, Schedule
 from arimg.accel.dd2 import ArDiffusion, Dd2, ar_diffusion, shifted
+from arimg.accel.find import check_order
 from arimg.accel.flow import FlowSolver
 from arimg.accel.scale import ScaleByScale
 from arimg.accel.target import Target
@@ -131,8 +132,8 @@ def test_ar_diffusion_of_one_step_is_the_one_step_sample_of_its_own_prefix() -> 
 
 def test_orders_must_fit() -> None:
     for decoder in (Dd1(STUDENT), Dd2(GENERATOR), ArDiffusion(GENERATOR), FlowScales(), VerifyScales(Dd1(STUDENT))):
-        check_order(decoder, decoder, TEACHER)
+        check_order("it", decoder, TEACHER)
     with pytest.raises(InputError, match="token by token"):
-        check_order(Verify(), Verify(), TEACHER)
+        check_order("verify", Verify(), TEACHER)
     with pytest.raises(InputError, match="scale by scale, without forced codes"):
         decode(VerifyScales(Given(torch.zeros(2, LENGTH)), SOLVER), request(forced_BL=torch.full((2, LENGTH), -1)))

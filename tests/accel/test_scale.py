@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from arimg.accel.audit import audit
-from arimg.accel.base import DecodeRequest, Guidance, Sampling, find_decoder
+from arimg.accel.base import DecodeRequest, Guidance, Sampling
+from arimg.accel.find import find_decoder
 from arimg.accel.scale import ScaleByScale, SmoothScales, latent_map, scale_inputs
 from arimg.accel.target import Target, filter_probs
 from arimg.errors import InputError
@@ -182,7 +183,7 @@ def test_soft_choices_become_hard_as_the_law_does() -> None:
     soft = SmoothScales().decode(Target(model, request(2)), request(2)).latents_BLC
     assert soft is not None and float((soft[..., None, :] - space.codebook_VC).norm(dim=-1).amin(-1).max()) > 1e-3
     with pytest.raises(InputError, match="does not keep the model's law"):
-        find_decoder("scale-smooth")
+        find_decoder("scale-smooth", model, {})
 
 
 def test_soft_choices_follow_the_formula() -> None:

@@ -11,16 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from arimg.accel.dd1 import Dd1, Schedule
-from arimg.checkpoints import load_component
-from arimg.errors import CheckpointError
+from arimg.errors import CheckpointError, InputError
 from arimg.interop.convert import convert
 from arimg.interop.dd1 import infer_ar_student_config, infer_var_student_config, student_from_dd
 from arimg.interop.files import read_original
 from arimg.models.ar import ARConfig, ARTransformer
 from arimg.models.base import Condition
 from arimg.models.students import ARStudent, ARStudentConfig
-from arimg.models.var import VARConfig
-from arimg.models.var_students import VARStudent
+from arimg.models.var_students import VARStudent, VARStudentConfig
 from arimg.pipeline import Pipeline
 from arimg.presets import AR_PRESETS
 from arimg.tokenizers.vq import VQConfig, VQTokenizer
@@ -62,7 +60,7 @@ def test_released_llamagen_students_fit(preset: str) -> None:
 def test_released_var_students_fit(depth: int) -> None:
     state = empty(f"dd1_var_d{depth}")
     del state["lvl_1L"]                 # its values are not in the table of layouts
-    config = VARConfig(**infer_var_student_config(state))
+    config = VARStudentConfig(**infer_var_student_config(state))
     assert (config.dim, config.heads, len(config.scales)) == (64 * depth, depth, 10)
     with torch.device("meta"):
         student = VARStudent(config)
@@ -99,6 +97,20 @@ def parts(tmp_path_factory: pytest.TempPathFactory, fixture: Fixture) -> list[Pa
     return [folder / name for name in files]
 
 
+def assert_the_student_paints(pipe: Pipeline, timesteps: tuple[int, ...], **options: Any) -> None:
+    """Through the one call that serves all decoders: one pass; more of them where it knows them; verified."""
+    options = {"class_id": 1, "seed": 3, "decoder": "dd1", **options}
+    own = pipe.decoders["dd1"].config
+    assert (own.timesteps, own.split) == ((0,), None)
+    with pytest.raises(InputError, match="--steps 2: this student was trained for 1"):
+        pipe(**options, steps=2, lossy=True)
+    assert pipe(**options, lossy=True).stats.forward_passes == 1
+    two = pipe(**{**options, "decoder": Dd1(pipe.decoders["dd1"], Schedule(timesteps))}, lossy=True)
+    assert two.stats.forward_passes == 2
+    verified = pipe(**options, verify=True)
+    assert verified.stats.extra["guarantee"] == "tolerance" and verified.stats.extra["draft_passes"] == 1
+
+
 @pytest.mark.parametrize("weights", ["model", "ema"])
 def test_a_llamagen_student_comes_in_beside_its_teacher(tmp_path: Path, fixture: Fixture, parts: list[Path],
                                                         weights: Any) -> None:
@@ -110,13 +122,14 @@ def test_a_llamagen_student_comes_in_beside_its_teacher(tmp_path: Path, fixture:
     torch.save(teacher, tmp_path / "teacher.pt")
     out = convert("dd1", [tmp_path / "student.pt", parts[0], tmp_path / "teacher.pt"], tmp_path / "out", heads=4,
                   image_size=8, weights=weights)
-    student, noise = load_component(out / "student"), fixture["in.noise"]
+    pipe = Pipeline.from_pretrained(out, device="cpu")
+    student, noise = pipe.decoders["dd1"], fixture["in.noise"]
     with torch.no_grad():
         logits, latents = student(noise, torch.zeros(len(noise)), Condition(class_ids_B=fixture["in.label"]), (4, 4))
     fixture.compare("out.t0.logits", logits)
     fixture.compare("out.t0.tokens", latents)
-    pipe = Pipeline.from_pretrained(out, device="cpu")
     assert pipe(class_id=1).codes.shape == (1, 16) and "distilled_decoding" in pipe.settings.source
+    assert_the_student_paints(pipe, (0, 1), top_k=9)
 
 
 @pytest.mark.parametrize("weights", ["model", "ema"])
@@ -131,13 +144,14 @@ def test_a_var_student_comes_in_beside_its_teacher(tmp_path: Path, weights: Any)
     for name, content in files.items():
         torch.save(content, tmp_path / name)
     out = convert("dd1", [tmp_path / name for name in files], tmp_path / "out", weights=weights)
-    student, noise, grid = load_component(out / "student"), fixture["in.noise"], (4, 4)
+    pipe = Pipeline.from_pretrained(out, device="cpu")
+    student, noise, grid = pipe.decoders["dd1"], fixture["in.noise"], (4, 4)
     with torch.no_grad():
         logits, latents = student(noise, torch.zeros(len(noise)), Condition(class_ids_B=fixture["in.label"]), grid)
     fixture.compare("out.t0.logits", logits)
     fixture.compare("out.t0.tokens", latents)
-    pipe = Pipeline.from_pretrained(out, device="cpu")
     assert pipe.settings.top_k == 900
+    assert_the_student_paints(pipe, (0, 2), top_k=9)
     decoder = Dd1(student, Schedule((0, 2), 2, teacher=(1, 2)))
     painted = pipe(class_id=1, top_k=9, decoder=decoder, lossy=True, seed=3)
     assert painted.images[0].size == (8, 8) and painted.codes.shape == (1, 30)

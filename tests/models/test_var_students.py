@@ -9,7 +9,7 @@ from torch import Tensor
 from arimg.models.generators import VARGenerator, VARGeneratorConfig
 from arimg.models.students import StudentOutput
 from arimg.models.var import VARConfig, VARTransformer
-from arimg.models.var_students import VARStudent
+from arimg.models.var_students import VARStudent, VARStudentConfig
 from tests.accel.toy_pyramid import CLASSES, scale_of, toy_inject
 from tests.models.toy_students import moved, perturb, toy_latents
 from tests.models.toy_var import CHANNELS, ENDS, LENGTH, SCALES, SIZES
@@ -18,7 +18,7 @@ from tests.models.toy_var import CHANNELS, ENDS, LENGTH, SCALES, SIZES
 @pytest.fixture(scope="module", params=[False, True], ids=["own", "shared"])
 def student(request: pytest.FixtureRequest) -> VARStudent:
     """With AdaLN layers of each block, or one for all."""
-    made: VARStudent = perturb(VARStudent(VARConfig(**SIZES, shared_adaln=request.param)))
+    made: VARStudent = perturb(VARStudent(VARStudentConfig(**SIZES, shared_adaln=request.param)))
     return made
 
 
@@ -73,6 +73,6 @@ def test_a_new_student_takes_the_teachers_tables_by_meaning(scales: tuple[tuple[
 def test_parameters_of_the_papers_sizes(depth: int, student: int, generator: int) -> None:
     sizes = {"dim": 64 * depth, "layers": depth, "heads": depth}
     with torch.device("meta"):
-        networks = VARStudent(VARConfig(**sizes)), VARGenerator(VARGeneratorConfig(**sizes))
+        networks = VARStudent(VARStudentConfig(**sizes)), VARGenerator(VARGeneratorConfig(**sizes))
     counts = [sum(parameter.numel() for parameter in network.parameters()) for network in networks]
     assert counts == [student, generator]

@@ -9,8 +9,7 @@ from arimg.accel.scale import latent_map, scale_ends
 from arimg.interop.dd1 import infer_var_student_config, student_from_dd, var_student_config_from_dd
 from arimg.models.base import Condition
 from arimg.models.students import clean_mask
-from arimg.models.var import VARConfig
-from arimg.models.var_students import VARStudent
+from arimg.models.var_students import VARStudent, VARStudentConfig
 from tests.parity.checkers.dd1_llamagen_student import check_passes
 from tests.parity.checkers.dd_var import space_of
 from tests.parity.fixture import Fixture
@@ -34,10 +33,10 @@ def check(fixture: Fixture) -> None:
 
 def build(fixture: Fixture) -> VARStudent:
     """The student of the fixture's config with its weights; shapes tell the same sizes."""
-    config, state = VARConfig(**var_student_config_from_dd(fixture.spec["config"])), fixture.state_dict("dd.")
+    config, state = VARStudentConfig(**var_student_config_from_dd(fixture.spec["config"])), fixture.state_dict("dd.")
     inferred = infer_var_student_config(state, config.heads)
     for name in ("vocab_size", "codebook_dim", "scales", "dim", "layers", "heads", "num_classes", "l2_attention"):
-        assert getattr(config, name) == getattr(VARConfig(**inferred), name), name
+        assert getattr(config, name) == getattr(VARStudentConfig(**inferred), name), name
     student = VARStudent(config)
     student.load_state_dict(student_from_dd(state))
     return student.eval()
