@@ -294,7 +294,8 @@ def positions_per_pass(decoder: Any, request: DecodeRequest) -> int:
     """That a pass reads in all rows, at most."""
     branches = len(branch_scales(request.guidance, request.inject_KBLD is not None))
     window = getattr(getattr(decoder, "window", None), "widest", 1)
-    width = min(window, request.length) if order_of(decoder) == "raster" else request.length
+    whole = order_of(decoder) != "raster" or second_network(decoder) is not None
+    width = request.length if whole else min(window, request.length)
     return len(request.seeds_B) * branches * width
 
 

@@ -15,15 +15,20 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from arimg.accel.acceptance import Draws, ExactMatch, Verdict, Window, leading
 from arimg.accel.ar import PlainAR
 from arimg.accel.base import Decoder, DecodeRequest, DecodeResult, DecodeStats, Guarantee, OnStep, StepInfo
 from arimg.accel.flow import FlowNoise, FlowSolver
-from arimg.accel.jacobi import Jacobi
+from arimg.accel.jacobi import Jacobi, SpeculativeJacobi
 from arimg.accel.scale import ScaleByScale, scale_ends, scale_inputs
 from arimg.accel.target import Target
-from arimg.accel.windows import WindowPolicy
+from arimg.accel.windows import BUCKETS, AdaptiveWindow, WindowPolicy, nominal_cost
 from arimg.errors import InputError
 from arimg.models.base import Order
+
+
+SOLVED_TOGETHER = 16    # positions whose flows are followed at once
+FIRST_WINDOWS = (32, 64)
 
 
 class FlowAR:
@@ -49,11 +54,33 @@ class FlowScales(FlowAR):
     plain = ScaleByScale
 
 
+class FlowMatch(ExactMatch):
+    """The same test where a draw is dear and drafts do not come from these laws: flows are followed, some at a time,
+    only up to the first draft of a picture that fails. The drafts behind it stay what they are."""
+
+    def judge(self, window: Window, draws: Draws) -> Verdict:
+        """See Acceptance."""
+        codes_BW, kept_B = window.drafts_BW.clone(), torch.zeros_like(window.drafts_BW[:, 0])
+        rows_R = torch.arange(len(kept_B), device=kept_B.device)            # pictures whose drafts all held so far
+        for here in torch.arange(codes_BW.shape[1], device=kept_B.device).split(SOLVED_TOGETHER):
+            first, stop = int(here[0]), int(here[-1]) + 1
+            part = Draws(replace(draws.request, seeds_B=draws.request.seeds_B[rows_R]),
+                         draws.positions_BW[rows_R, first:stop], draws.turn)
+            drawn_RW = part.shared(window.p_BWV[rows_R, first:stop])
+            held_RW = (drawn_RW == codes_BW[rows_R, first:stop]) & window.drafted_BW[rows_R, first:stop]
+            codes_BW[rows_R, first:stop] = drawn_RW
+            kept_B[rows_R] += leading(held_RW)
+            rows_R = rows_R[held_RW.all(1)]
+            if not len(rows_R):
+                break
+        return Verdict(kept_B, codes_BW)
+
+
 class Verify:
     """A student's codes, corrected to those of FlowAR for the same seeds.
 
     `draft` is any decoder of the same noise, such as Dd1; without one the guesses are those of exact Jacobi decoding,
-    or the request's.
+    or the request's. A student's first windows are wide: `window` "auto" narrows them if it guesses badly.
     """
 
     guarantee: Guarantee = "tolerance"
@@ -63,7 +90,15 @@ class Verify:
                  solver: FlowSolver = FlowSolver()) -> None:
         self.draft = draft
         self.solver = solver
-        self.jacobi = Jacobi(window)
+        self.jacobi: SpeculativeJacobi = Jacobi(window)
+        if draft is not None:
+            window = AdaptiveWindow(nominal_cost, BUCKETS[-1], FIRST_WINDOWS) if window == "auto" else window
+            self.jacobi = SpeculativeJacobi(FlowMatch(), window, "repeat-up")
+
+    @property
+    def window(self) -> WindowPolicy:
+        """Positions that a pass judges."""
+        return self.jacobi.window
 
     @torch.no_grad()
     def decode(self, target: Target, request: DecodeRequest, on_step: OnStep | None = None) -> DecodeResult:
