@@ -16,7 +16,7 @@ from arimg.checkpoints import PipelineSettings, load_component, read_index, save
 from arimg.config import to_dict
 from arimg.control import adapter
 from arimg.errors import CheckpointError
-from arimg.models import ar, var
+from arimg.models import ar, generators, students, var, var_students
 from arimg.tokenizers import kl, multiscale, vq
 from tests.toy import toy_text_encoder
 
@@ -24,6 +24,8 @@ TOKENIZER: dict[str, Any] = dict(codebook_size=24, base_channels=32, multipliers
 TRANSFORMER: dict[str, Any] = dict(vocab_size=24, dim=32, layers=2, heads=2, ffn_hidden=64, block_size=16,
                                    num_classes=4, inject_layers=(0, 1))
 CONTROL: dict[str, Any] = dict(embed_dim=16, depth=1, heads=2, ffn_hidden=32, patch=2, stride=2, dim=32, points=2)
+NEXT_SCALE: dict[str, Any] = dict(vocab_size=24, codebook_dim=4, scales=((1, 1), (4, 4)), dim=32, layers=2, heads=2,
+                                  num_classes=4)
 CASES = {
     "tokenizer": (hub.VQTokenizer, vq.VQTokenizer, vq.VQConfig(**TOKENIZER)),
     "multi-scale tokenizer": (hub.MultiscaleTokenizer, multiscale.MultiscaleTokenizer, multiscale.MultiscaleConfig(
@@ -33,8 +35,14 @@ CASES = {
     "transformer": (hub.ARTransformer, ar.ARTransformer, ar.ARConfig(**TRANSFORMER)),
     "caption transformer": (hub.ARTransformer, ar.ARTransformer, ar.ARConfig(**{
         **TRANSFORMER, "conditioning": "text", "caption_dim": 8, "caption_length": 4})),
-    "next-scale transformer": (hub.VARTransformer, var.VARTransformer, var.VARConfig(
-        vocab_size=24, codebook_dim=4, scales=((1, 1), (4, 4)), dim=32, layers=2, heads=2, num_classes=4)),
+    "next-scale transformer": (hub.VARTransformer, var.VARTransformer, var.VARConfig(**NEXT_SCALE)),
+    "one-step student": (hub.ARStudent, students.ARStudent, students.ARStudentConfig(**TRANSFORMER, timesteps=(0, 3))),
+    "next-scale student": (hub.VARStudent, var_students.VARStudent, var_students.VARStudentConfig(
+        **NEXT_SCALE, timesteps=(0, 1), split=1)),
+    "one-step generator": (hub.ARGenerator, generators.ARGenerator, generators.ARGeneratorConfig(
+        **TRANSFORMER, head_width=16, head_depth=1)),
+    "next-scale generator": (hub.VARGenerator, generators.VARGenerator, generators.VARGeneratorConfig(
+        **NEXT_SCALE, head_width=16, head_depth=1)),
     "control": (hub.ControlAdapter, adapter.ControlAdapter, adapter.ControlConfig(**CONTROL)),
 }
 SETTINGS = PipelineSettings(title="toy", class_names=("a", "b", "c", "d"), control_types=("canny",), size=(8, 8),

@@ -15,44 +15,48 @@ import pytest
 import torch
 from PIL import Image
 
+from arimg.accel.find import orders_of, second_network
+from arimg.accel.verify import FlowAR, FlowScales
 from arimg.control.base import build, get_type
 from arimg.errors import ArimgError
-from arimg.models.base import order_of
 from arimg.pipeline import Pipeline
 from arimg.registry import CONTROLS, DECODERS
 from tests.toy import CONTROL, STRIDE, toy_pipeline
+from tests.toy_decoders import with_students
 from tests.toy_scales import toy_scales_pipeline
 
 SIDE = 4 * STRIDE                                   # 16 tokens
 MODELS = ("class", "text", "scales")                # ARTransformer by its conditioning; VARTransformer
-LOSSY = ("gsd", "zipar", "scale-smooth")
+LOSSY = ("dd1", "dd2", "gsd", "zipar", "scale-smooth")
 SAME_CODES = ("ar", "jacobi", "scale")
 CONTROL_TYPES = (None, *CONTROLS.names())
 ORDERS = {"class": "raster", "text": "raster", "scales": "scales"}
 PLAIN = {"raster": "ar", "scales": "scale"}         # the oracle of each order
-BY_ORDER = {order: tuple(name for name in DECODERS.names() if order_of(DECODERS.load(name)) == order)
-            for order in PLAIN}
+BY_ORDER: dict[str, tuple[str, ...]] = {
+    order: tuple(name for name in DECODERS.names() if order in orders_of(DECODERS.load(name))) for order in PLAIN}
+ONE_STEP = tuple(name for name in BY_ORDER["raster"] if second_network(DECODERS.load(name)))
 COMBINATIONS = tuple((model, control_type, decoder) for model, control_type in product(MODELS, CONTROL_TYPES)
                      for decoder in BY_ORDER[ORDERS[model]])
 CAPTION = torch.randn(6, 12, generator=torch.Generator().manual_seed(0))
 
 
 def test_the_walk_covers_every_registered_part() -> None:
-    assert BY_ORDER["raster"] == ("ar", "gsd", "jacobi", "scd", "scd-gumbel", "scd-siblings", "sjd", "zipar")
-    assert BY_ORDER["scales"] == ("scale", "scale-smooth")
+    assert BY_ORDER["raster"] == ("ar", "dd1", "dd2", "gsd", "jacobi", "scd", "scd-gumbel", "scd-siblings", "sjd",
+                                  "zipar")
+    assert BY_ORDER["scales"] == ("dd1", "dd2", "scale", "scale-smooth") and ONE_STEP == ("dd1", "dd2")
     assert CONTROLS.names() == ("canny", "color", "depth", "hed", "lineart", "map", "seg", "softedge")
-    assert len(COMBINATIONS) == 2 * 9 * 8 + 9 * 2
+    assert len(COMBINATIONS) == 2 * 9 * 10 + 9 * 4
 
 
 @cache
 def pipeline(model: str, control_type: str | None) -> Pipeline:
     control = None if control_type is None else replace(CONTROL, types=(control_type,))
     if model == "scales":
-        return toy_scales_pipeline(torch.float64, control=control)
-    return toy_pipeline(torch.float64, control=control, conditioning=model)
+        return with_students(toy_scales_pipeline(torch.float64, control=control))
+    return with_students(toy_pipeline(torch.float64, control=control, conditioning=model))
 
 
-def call(model: str, trained: str | None, decoder: str, **options: Any) -> Any:
+def call(model: str, trained: str | None, decoder: Any, **options: Any) -> Any:
     """A call of the pipeline whose control component, if any, was trained on one type."""
     condition: dict[str, Any] = {"prompt_embeds": CAPTION} if model == "text" else {"class_id": 1}
     if trained is not None:
@@ -78,12 +82,20 @@ def test_legal(model: str, control_type: str | None, decoder: str) -> None:
     assert len(out.images) == 2 and out.images[0].size == (SIDE, SIDE)
     assert out.codes.shape == plain_codes(model, control_type).shape and int(out.codes.min()) >= 0
     assert out.stats.forward_passes <= out.codes.shape[1]
-    assert out.stats.extra["guarantee"] == DECODERS.load(decoder)().guarantee
     assert (out.stats.extra["guarantee"] == "none") == (decoder in LOSSY)
     if decoder in SAME_CODES:
         assert torch.equal(out.codes, plain_codes(model, control_type))
     alone = call(model, control_type, decoder, n=1, seed=4)
     assert torch.equal(alone.codes[0], out.codes[1]), "a picture depends on its own seed alone"
+
+
+@pytest.mark.parametrize("model,control_type,decoder", list(product(MODELS, (None, "canny"), ONE_STEP)))
+def test_one_step_codes_are_verified(model: str, control_type: str | None, decoder: str) -> None:
+    oracle = FlowScales() if model == "scales" else FlowAR()
+    out = call(model, control_type, decoder, verify=True, lossy=False)
+    assert torch.equal(out.codes, call(model, control_type, oracle, lossy=False).codes)
+    assert out.stats.extra["guarantee"] == "tolerance"
+    assert not torch.equal(out.codes, call(model, control_type, decoder).codes), "an untrained network guesses badly"
 
 
 @pytest.mark.parametrize("model,decoder", [(model, decoder) for model in MODELS for decoder in BY_ORDER[ORDERS[model]]])
@@ -95,7 +107,7 @@ def test_illegal_everywhere(model: str, decoder: str) -> None:
     ]
     if decoder in LOSSY:
         cases.append({"lossy": False})
-    if decoder in ("ar", "scale", "scale-smooth"):
+    if decoder in ("ar", "scale", "scale-smooth", *ONE_STEP):
         cases.append({"window": 4})
     if decoder == "zipar":
         cases.append({"window": "auto"})

@@ -31,9 +31,15 @@ class Student(Protocol):
 
     config: Any
 
-    def __call__(self, latents_BLC: Tensor, clean_B: Tensor, condition: Condition, grid: tuple[int, int],
-                 inject_KBLD: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """logits_BLV and latents_BLC."""
+    def features(self, latents_BLC: Tensor, clean_B: Tensor, condition: Condition, grid: tuple[int, int],
+                 inject_KBLD: Tensor | None = None) -> Tensor:
+        """h_BLD, which the heads read."""
+
+    def logits(self, h_BWD: Tensor, condition: Condition) -> Tensor:
+        """logits_BWV."""
+
+    def latents(self, h_BWD: Tensor, condition: Condition) -> Tensor:
+        """latents_BWC."""
 
 
 @dataclass(frozen=True)
@@ -74,16 +80,17 @@ def unit_ends(request: DecodeRequest) -> tuple[int, ...]:
 
 
 def student_pass(student: Student, tokens_BLC: Tensor, noise_BLC: Tensor, clean: int, split: int,
-                 request: DecodeRequest, codebook_VC: Tensor) -> Tensor:
-    """tokens_BLC after one pass: the first `clean` tokens as they are; then, up to `split`, the code vector of the
-    largest logit; then latents as they come, which no codebook holds."""
-    positions_L1 = torch.arange(tokens_BLC.shape[1], device=tokens_BLC.device)[:, None]
-    input_BLC = torch.where(positions_L1 < clean, tokens_BLC, noise_BLC)
+                 request: DecodeRequest, codebook_VC: Tensor) -> tuple[Tensor, Tensor]:
+    """(tokens_BLC, codes_BW) after one pass: the first `clean` tokens as they are; then, up to `split`, the vectors of
+    the codes with the largest logits; then latents as they come, which no codebook holds. Each head reads its own."""
+    split = max(clean, split)
+    input_BLC = torch.cat([tokens_BLC[:, :clean], noise_BLC[:, clean:].to(tokens_BLC.dtype)], dim=1)
     clean_B = torch.full((len(input_BLC),), clean, device=input_BLC.device)
-    logits_BLV, latents_BLC = student(input_BLC, clean_B, request.condition, request.grid, request.inject_KBLD)
-    painted_BLC = torch.where(positions_L1 < split, codebook_VC[logits_BLV.argmax(-1)].to(latents_BLC.dtype),
-                              latents_BLC)
-    return torch.where(positions_L1 < clean, input_BLC, painted_BLC)
+    h_BLD = student.features(input_BLC, clean_B, request.condition, request.grid, request.inject_KBLD)
+    codes_BW = student.logits(h_BLD[:, clean:split], request.condition).argmax(-1)
+    latents_BWC = student.latents(h_BLD[:, split:], request.condition)
+    vectors_BWC = codebook_VC[codes_BW].to(latents_BWC.dtype)
+    return torch.cat([input_BLC[:, :clean].to(latents_BWC.dtype), vectors_BWC, latents_BWC], dim=1), codes_BW
 
 
 def trained_schedule(student: Student, steps: int | None) -> Schedule:
@@ -123,16 +130,19 @@ class Dd1:
         check_timesteps(schedule, len(ends) - 1)
         noise_BLC = starting_noise(request)
         split = ends[-1] if schedule.split is None else ends[min(schedule.split, len(ends) - 1)]
-        tokens_BLC, passes = noise_BLC, 0
+        tokens_BLC, codes_BL, passes = noise_BLC, torch.zeros_like(noise_BLC[..., 0], dtype=torch.int64), 0
         for timestep in schedule.timesteps:
             if schedule.teacher is not None and schedule.teacher[1] == timestep:
                 first, stop = schedule.teacher
                 tokens_BLC = resampled(target, tokens_BLC, ends, first, stop)
                 passes += target.forward_passes
-            tokens_BLC = student_pass(self.student, tokens_BLC, noise_BLC, ends[timestep], split, request,
-                                      space.codebook_VC)
+                codes_BL[:, :ends[stop]] = space.nearest(tokens_BLC[:, :ends[stop]])
+            clean = ends[timestep]
+            tokens_BLC, codes_BW = student_pass(self.student, tokens_BLC, noise_BLC, clean, split, request,
+                                                space.codebook_VC)
             passes += 1
-            codes_BL = space.nearest(tokens_BLC)
+            stop = clean + codes_BW.shape[1]
+            codes_BL[:, clean:stop], codes_BL[:, stop:] = codes_BW, space.nearest(tokens_BLC[:, stop:])
             if on_step is not None:
                 on_step(StepInfo(passes, codes_BL.numel(), codes_BL.numel(), codes_BL))
         stats = DecodeStats(passes, extra={"student_passes": len(schedule.timesteps)})

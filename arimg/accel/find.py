@@ -107,4 +107,4 @@ def _lawful(order: Order) -> list[str]:
     """Names of the decoders that serve this order, keep the model's law and need no other network."""
     decoders = {name: DECODERS.load(name) for name in DECODERS.names()}
     return [name for name, decoder in decoders.items() if order in orders_of(decoder)
-            and decoder.guarantee != "none" and second_network(decoder) is None]
+            and second_network(decoder) is None and decoder().guarantee != "none"]

@@ -38,8 +38,9 @@ class LatentHead(nn.Module):
 
     def __init__(self, dim: int, latent_dim: int) -> None:
         super().__init__()
-        self.scale_shift_table = nn.Parameter(nn.init.normal_(torch.empty(2, dim), std=dim ** -0.5))
+        self.scale_shift_table = nn.Parameter(torch.empty(2, dim))
         self.linear = nn.Linear(dim, latent_dim)
+        nn.init.normal_(self.scale_shift_table, std=dim ** -0.5)
 
     def forward(self, h_BLD: Tensor, condition_BD: Tensor) -> Tensor:
         """latents_BLC."""
@@ -106,8 +107,14 @@ class ARStudent(nn.Module):
 
     def forward(self, latents_BLC: Tensor, clean_B: Tensor, condition: Condition, grid: tuple[int, int],
                 inject_KBLD: Tensor | None = None) -> StudentOutput:
-        """One differentiable pass. Token j of latents_BLC is a code vector where j < clean_B, else noise; row j of
-        inject_KBLD belongs to it. Raises InputError as ARTransformer does."""
+        """Both heads after `features`."""
+        h_BLD = self.features(latents_BLC, clean_B, condition, grid, inject_KBLD)
+        return StudentOutput(self.logits(h_BLD, condition), self.latents(h_BLD, condition))
+
+    def features(self, latents_BLC: Tensor, clean_B: Tensor, condition: Condition, grid: tuple[int, int],
+                 inject_KBLD: Tensor | None = None) -> Tensor:
+        """h_BLD, in one differentiable pass. Token j of latents_BLC is a code vector where j < clean_B, else noise; row
+        j of inject_KBLD belongs to it. Raises InputError as ARTransformer does."""
         backbone, length = self.backbone, latents_BLC.shape[1]
         prefix = backbone.prefix_length
         slots_BS = torch.arange(prefix + length, device=latents_BLC.device).expand(len(latents_BLC), -1)
@@ -116,9 +123,15 @@ class ARStudent(nn.Module):
         if inject_KBLD is not None:
             inject_KBLD = F.pad(inject_KBLD, (0, 0, prefix, 0))
         cache = backbone.new_cache(len(x_BSD), prefix + length, grid, condition.caption_mask_BP, store=False)
-        h_BLD = backbone.features(x_BSD, slots_BS, cache, inject_KBLD)[:, prefix:]
-        return StudentOutput(backbone.logits(backbone.norm(h_BLD)),
-                             self.final_layer_conti(h_BLD, self._condition_row(condition)))
+        return backbone.features(x_BSD, slots_BS, cache, inject_KBLD)[:, prefix:]
+
+    def logits(self, h_BWD: Tensor, condition: Condition) -> Tensor:
+        """logits_BWV of some tokens."""
+        return self.backbone.logits(self.backbone.norm(h_BWD))
+
+    def latents(self, h_BWD: Tensor, condition: Condition) -> Tensor:
+        """latents_BWC of some tokens."""
+        return self.final_layer_conti(h_BWD, self._condition_row(condition))
 
     def _condition_row(self, condition: Condition) -> Tensor:
         """(B, D): the class row; of a caption (no released student reads one) the mean of its real slots."""

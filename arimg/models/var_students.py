@@ -78,8 +78,14 @@ class VARStudent(nn.Module):
 
     def forward(self, latents_BLC: Tensor, clean_B: Tensor, condition: Condition, grid: tuple[int, int],
                 inject_KBLD: Tensor | None = None) -> StudentOutput:
-        """One differentiable pass. Token j of latents_BLC is a code vector where j < clean_B, else noise; row j of
-        inject_KBLD belongs to it. Raises InputError as VARTransformer does."""
+        """Both heads after `features`."""
+        h_BLD = self.features(latents_BLC, clean_B, condition, grid, inject_KBLD)
+        return StudentOutput(self.logits(h_BLD, condition), self.latents(h_BLD, condition))
+
+    def features(self, latents_BLC: Tensor, clean_B: Tensor, condition: Condition, grid: tuple[int, int],
+                 inject_KBLD: Tensor | None = None) -> Tensor:
+        """h_BLD, in one differentiable pass. Token j of latents_BLC is a code vector where j < clean_B, else noise; row
+        j of inject_KBLD belongs to it. Raises InputError as VARTransformer does."""
         backbone, (batch, length) = self.backbone, latents_BLC.shape[:2]
         slots_BS = torch.arange(1 + length, device=latents_BLC.device).expand(batch, -1)
         class_B1D = backbone.prefix(condition)
@@ -89,9 +95,15 @@ class VARStudent(nn.Module):
         if inject_KBLD is not None:
             inject_KBLD = F.pad(inject_KBLD, (0, 0, 1, 0))
         h_BSD = self._blocks(x_BSD, kinds_BSD, class_B1D[:, 0], slots_BS, grid, inject_KBLD)
-        h_BLD = (h_BSD + self.layerwise_n_d_embed[-1](kinds_BSD))[:, 1:]
-        return StudentOutput(backbone.logits(backbone.head_nm(h_BLD, class_B1D[:, 0])),
-                             self.final_layer_conti(h_BLD, class_B1D[:, 0]))
+        return (h_BSD + self.layerwise_n_d_embed[-1](kinds_BSD))[:, 1:]
+
+    def logits(self, h_BWD: Tensor, condition: Condition) -> Tensor:
+        """logits_BWV of some tokens."""
+        return self.backbone.logits(self.backbone.head_nm(h_BWD, self.backbone.prefix(condition)[:, 0]))
+
+    def latents(self, h_BWD: Tensor, condition: Condition) -> Tensor:
+        """latents_BWC of some tokens."""
+        return self.final_layer_conti(h_BWD, self.backbone.prefix(condition)[:, 0])
 
     def _blocks(self, x_BSD: Tensor, kinds_BSD: Tensor, class_BD: Tensor, slots_BS: Tensor, grid: tuple[int, int],
                 inject_KBSD: Tensor | None) -> Tensor:

@@ -58,7 +58,7 @@ def check_passes(fixture: Fixture, student: torch.nn.Module, request: DecodeRequ
         logits_BLV, latents_BLC = heads(input_BLC, clean_B)
         codes_BL = nearest(input_BLC, codebook_VC)
         certain_BLV = torch.full_like(logits_BLV, LOG_ZERO).scatter_(-1, codes_BL[..., None], 0.0)
-        tokens_BLC = student_pass(student, tokens_BLC, noise_BLC, ends[timestep], split, request, codebook_VC)
+        tokens_BLC, _ = student_pass(student, tokens_BLC, noise_BLC, ends[timestep], split, request, codebook_VC)
         got = {"input": input_BLC, "nearest": codes_BL, "tokens_raw": latents_BLC, "logits_raw": logits_BLV,
                "tokens": torch.where(clean_BL1, input_BLC, latents_BLC),
                "logits": torch.where(clean_BL1, certain_BLV, logits_BLV), "sequence": tokens_BLC}
