@@ -237,15 +237,20 @@ def nearest(x_NC: Tensor, codebook_VC: Tensor) -> Tensor:
 class FlowNoise(CounterNoise):
     """The random source whose draw of a code is what the position's own Gaussian noise flows into, as in DD1's pairs.
 
-    Draws of other purposes than a code are the parent's.
+    Draws of other purposes than a code are those of `source`, which also gives the Gaussian noise.
     """
 
     codebook_VC: Tensor = field(kw_only=True)
     solver: FlowSolver = FlowSolver()
+    source: CounterNoise = CounterNoise()
+
+    def words(self, seeds_B: Tensor, positions_BW: Tensor, count: int, purpose: Purpose, draw: int = 0) -> Tensor:
+        """See CounterNoise."""
+        return self.source.words(seeds_B, positions_BW, count, purpose, draw)
 
     def latents(self, seeds_B: Tensor, positions_BW: Tensor) -> Tensor:
         """noise_BWC, float32: what the flow starts from, and what a student reads."""
-        return self.normal(seeds_B, positions_BW, self.codebook_VC.shape[-1], Purpose.FLOW)
+        return self.source.normal(seeds_B, positions_BW, self.codebook_VC.shape[-1], Purpose.FLOW)
 
     def categorical(self, p_BWV: Tensor, seeds_B: Tensor, positions_BW: Tensor, purpose: Purpose = Purpose.SAMPLE,
                     draw: int = 0) -> Tensor:

@@ -27,8 +27,9 @@ from arimg.errors import InputError
 from arimg.models.base import Order
 
 
-SOLVED_TOGETHER = 16    # positions whose flows are followed at once
-FIRST_WINDOWS = (32, 64)
+AT_ONCE = 16                # positions whose flows are followed together
+AHEAD = 1                   # blocks of them behind a failed draft whose drafts are revised
+FIRST_WINDOWS = (32, 64)    # of the drafts of a student
 
 
 class FlowAR:
@@ -55,25 +56,24 @@ class FlowScales(FlowAR):
 
 
 class FlowMatch(ExactMatch):
-    """The same test where a draw is dear and drafts do not come from these laws: flows are followed, some at a time,
-    only up to the first draft of a picture that fails. The drafts behind it stay what they are."""
+    """The same test where draws are dear: flows are followed AT_ONCE by AT_ONCE positions, and no farther than the block
+    behind the one in which the last picture's first draft fails. Drafts behind it stay what they are."""
 
     def judge(self, window: Window, draws: Draws) -> Verdict:
         """See Acceptance."""
-        codes_BW, kept_B = window.drafts_BW.clone(), torch.zeros_like(window.drafts_BW[:, 0])
-        rows_R = torch.arange(len(kept_B), device=kept_B.device)            # pictures whose drafts all held so far
-        for here in torch.arange(codes_BW.shape[1], device=kept_B.device).split(SOLVED_TOGETHER):
-            first, stop = int(here[0]), int(here[-1]) + 1
-            part = Draws(replace(draws.request, seeds_B=draws.request.seeds_B[rows_R]),
-                         draws.positions_BW[rows_R, first:stop], draws.turn)
-            drawn_RW = part.shared(window.p_BWV[rows_R, first:stop])
-            held_RW = (drawn_RW == codes_BW[rows_R, first:stop]) & window.drafted_BW[rows_R, first:stop]
-            codes_BW[rows_R, first:stop] = drawn_RW
-            kept_B[rows_R] += leading(held_RW)
-            rows_R = rows_R[held_RW.all(1)]
+        codes_BW, ahead_B = window.drafts_BW.clone(), torch.full_like(window.drafts_BW[:, 0], AHEAD)
+        held_BW = torch.zeros_like(window.drafted_BW)
+        for first in range(0, codes_BW.shape[1], AT_ONCE):
+            here, rows_R = slice(first, first + AT_ONCE), (ahead_B >= 0).nonzero().flatten()
             if not len(rows_R):
                 break
-        return Verdict(kept_B, codes_BW)
+            request = replace(draws.request, seeds_B=draws.request.seeds_B[rows_R])
+            part = Draws(request, draws.positions_BW[rows_R, here], draws.turn)
+            drawn_RW = part.shared(window.p_BWV[rows_R, here])
+            held_BW[rows_R, here] = (drawn_RW == codes_BW[rows_R, here]) & window.drafted_BW[rows_R, here]
+            codes_BW[rows_R, here] = drawn_RW
+            ahead_B -= (~held_BW[:, :here.stop].all(1)).long()
+        return Verdict(leading(held_BW), codes_BW)
 
 
 class Verify:
@@ -172,7 +172,7 @@ def with_flow(target: Target, request: DecodeRequest, solver: FlowSolver) -> tup
     """A run and a request whose codes are drawn by the flow. Raises InputError without a codebook."""
     if request.space is None:
         raise InputError("the flow leads from noise to code vectors, and this tokenizer has none; use the decoder ar")
-    noise = FlowNoise(codebook_VC=request.space.codebook_VC, solver=solver)
+    noise = FlowNoise(codebook_VC=request.space.codebook_VC, solver=solver, source=request.noise)
     drawn, run = replace(request, noise=noise), copy(target)
     run.request = drawn
     return run, drawn

@@ -101,6 +101,32 @@ def continuous(model: str, draft: str | None, windows: tuple[int, ...], steps: i
     click.echo(to_markdown(report))
 
 
+@command.command("distilled", epilog="\b\nExample: arimg bench distilled --shape emoji --shape llamagen-B --batch 1 "
+                                     "--batch 8")
+@click.option("--shape", "shapes", multiple=True, default=("emoji", "llamagen-B"), show_default=True,
+              metavar="emoji|llamagen-B|...", help="Sizes of teacher and student; repeat it.")
+@click.option("--batch", "batches", multiple=True, type=click.IntRange(min=1), default=(1, 8), show_default=True,
+              help="Pictures in a batch; repeat it.")
+@click.option("--cfg", type=float, default=1.0, show_default=True, help="Guidance scale of the teacher; a student has "
+              "it in its weights.")
+@click.option("--repeats", type=click.IntRange(min=1), default=3, show_default=True, help="Of everything, in turns.")
+@click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda")
+@click.option("--dtype", default="auto", show_default=True, metavar="auto|float32|bfloat16|...")
+@click.option("--json", "json_path", metavar="FILE", help="Write all figures there.")
+def distilled(shapes: tuple[str, ...], batches: tuple[int, ...], cfg: float, repeats: int, device: str, dtype: str,
+              json_path: str | None) -> None:
+    """Compare one pass of a one-step student with plain decoding by its teacher, on random weights, and with the
+    machine's limit. Prints a page of Markdown; docs/distilled.md explains it."""
+    _check_json(json_path)
+    from arimg.bench.distilled import bench_distilled, to_markdown
+    from arimg.devices import find_device, find_dtype
+
+    place = find_device(device)
+    report = bench_distilled(shapes, batches, cfg, repeats, place, find_dtype(dtype, place))
+    _write_json(json_path, report)
+    click.echo(to_markdown(report))
+
+
 @command.command("decode", epilog="\b\nExample: arimg bench decode --decoder ar --decoder jacobi --window 8 "
                                   "--window 32 --cfg 1 --cfg 3")
 @click.option("--model", default="emoji", show_default=True, help="An embedded model, a pipeline folder or a hub id.")

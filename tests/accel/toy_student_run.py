@@ -17,7 +17,7 @@ from arimg.models.base import Condition
 from arimg.models.students import ARStudent
 from arimg.tokenizers.vq import VQSpace
 
-GRID, LENGTH, VOCAB, CHANNELS = (8, 8), 64, 16, 4
+GRID, LENGTH, VOCAB, CHANNELS = (8, 8), 64, 8, 4
 SPACE = VQSpace(F.normalize(torch.randn(VOCAB, CHANNELS, generator=torch.Generator().manual_seed(0)), dim=-1))
 CONFIG = ARConfig(vocab_size=VOCAB, dim=48, layers=3, heads=4, ffn_hidden=96, block_size=LENGTH, num_classes=2,
                   rope_prefix="identity", rope_grid="true", inject_layers=(0, 1), token_dropout=0.0,

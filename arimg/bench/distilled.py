@@ -1,0 +1,147 @@
+"""What one pass of a student costs beside plain decoding with its teacher, on random weights: nothing here depends on
+their values."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+from arimg.accel.ar import PlainAR
+from arimg.accel.base import Decoder, DecodeRequest, Guidance, Sampling
+from arimg.accel.dd1 import Dd1
+from arimg.accel.target import Target, branch_scales
+from arimg.bench.machine import (GemmClock, Lap, Operator, count_flops, describe, lapped, markdown_table, median,
+                                 operator_table, top_operators)
+from arimg.errors import UnknownNameError
+from arimg.inference import lay_out
+from arimg.models.ar import ARConfig, ARTransformer
+from arimg.models.base import Condition
+from arimg.models.students import ARStudent
+from arimg.presets import AR_PRESETS
+from arimg.threads import cpu_threads, decode_threads
+from arimg.tokenizers.vq import VQSpace
+
+CHANNELS = 8            # of a code vector
+SHAPES: dict[str, dict[str, Any]] = {       # fields of ARConfig; 256 tokens
+    "emoji": {"vocab_size": 4096, "dim": 192, "layers": 6, "heads": 6, "ffn_hidden": 512, "num_classes": 36,
+              "rope_prefix": "identity", "rope_grid": "true", "codebook_dim": CHANNELS},
+    **{f"llamagen-{name}": preset.config() for name, preset in AR_PRESETS.items()},
+}
+GRID = (16, 16)
+
+
+@dataclass(frozen=True)
+class OnePass:
+    """One batch; medians over the repeats."""
+
+    shape: str
+    batch: int
+    cfg: float
+    plain: Lap                  # of all tokens, plain decoding
+    student: Lap                # the same, one pass of the student
+    flops: int                  # of that pass
+    gemm_rate: float            # FLOP/s of the machine, measured in the same turns
+    operators: tuple[Operator, ...]
+
+    @property
+    def speed_up(self) -> float:
+        """Plain decoding's seconds over the student's."""
+        return self.plain.seconds / self.student.seconds
+
+    @property
+    def over_limit(self) -> float:
+        """The student's seconds over those of its FLOPs at the machine's rate of matrix products."""
+        return self.student.seconds * self.gemm_rate / self.flops
+
+
+@dataclass(frozen=True)
+class DistilledReport:
+    """What `arimg bench distilled` measures."""
+
+    machine: str
+    dtype: str
+    repeats: int
+    rows: tuple[OnePass, ...]
+
+
+@torch.no_grad()
+def bench_distilled(shapes: Sequence[str], batches: Sequence[int], cfg: float, repeats: int, device: torch.device,
+                    dtype: torch.dtype) -> DistilledReport:
+    """Decode the same requests with a teacher and with its student, in turns. Raises UnknownNameError."""
+    for name in shapes:
+        if name not in SHAPES:
+            raise UnknownNameError("shape", name, SHAPES)
+    rows = []
+    with tqdm(total=len(shapes) * len(batches) * (repeats + 1), unit="turn", file=sys.stderr) as bar:
+        for name in shapes:
+            teacher, student = networks(name, device, dtype)
+            for batch in batches:
+                rows.append(_measured(name, teacher, student, batch, cfg, repeats, bar.update))
+    return DistilledReport(describe(device), str(dtype).removeprefix("torch."), repeats, tuple(rows))
+
+
+def networks(shape: str, device: torch.device, dtype: torch.dtype) -> tuple[ARTransformer, ARStudent]:
+    """A teacher with random weights and its new student, as a pipeline loads them."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        teacher = ARTransformer(ARConfig(**SHAPES[shape]))
+        nn.init.normal_(teacher.output.weight, std=0.02)
+        student = ARStudent.from_teacher(teacher, CHANNELS)
+    for network in (teacher, student):
+        lay_out(network.to(device, dtype).eval())
+    return teacher, student
+
+
+def _measured(shape: str, teacher: ARTransformer, student: ARStudent, batch: int, cfg: float, repeats: int,
+              advance: Callable[[], object]) -> OnePass:
+    """Turns of plain decoding, the student and the machine's matrix product; the first turn warms up."""
+    device, vocab = teacher.norm.weight.device, teacher.vocab_size
+    codebook_VC = F.normalize(torch.linspace(-1, 1, vocab * CHANNELS).cos().view(vocab, CHANNELS), dim=-1)
+    request = DecodeRequest(Condition(class_ids_B=torch.zeros(batch, dtype=torch.int64, device=device)), GRID,
+                            torch.arange(batch, device=device), guidance=Guidance(cfg), sampling=Sampling(),
+                            space=VQSpace(codebook_VC.to(device)))
+    branches = len(branch_scales(request.guidance, controlled=False))
+    plain = _decode(PlainAR(), teacher, request, batch * branches)
+    one_step = _decode(Dd1(student), teacher, request, batch * request.length)
+    clock, laps = GemmClock(teacher.norm.weight.dtype, device), dict[str, list[Lap]](plain=[], student=[])
+    for turn in range(repeats + 1):
+        for name, run in (("plain", plain), ("student", one_step)):
+            for _ in range(1 if name == "plain" else 5):
+                lap, _ = lapped(device, run)
+                laps[name] += [lap] * (turn > 0)
+                clock.measure()
+        advance()
+    medians = {name: Lap(median(lap.seconds for lap in all_laps), median(lap.cpu_seconds for lap in all_laps))
+               for name, all_laps in laps.items()}
+    return OnePass(shape, batch, cfg, medians["plain"], medians["student"], count_flops(one_step), clock.rate,
+                   top_operators(one_step, device))
+
+
+def _decode(decoder: Decoder, teacher: ARTransformer, request: DecodeRequest, positions: int) -> Callable[[], Any]:
+    """The token stage as the pipeline runs it."""
+    def run() -> None:
+        with cpu_threads(decode_threads(teacher, positions)):
+            decoder.decode(Target(teacher, request), request)
+    return run
+
+
+def to_markdown(report: DistilledReport) -> str:
+    """The report as a page."""
+    header = ("shape", "batch", "cfg", "plain, s", "one pass, s", "speed-up", "plain, cpu s", "one pass, cpu s", "GFLOP",
+              "GEMM, GFLOP/s", "over the limit")
+    rows = [[row.shape, str(row.batch), f"{row.cfg:g}", f"{row.plain.seconds:.3f}", f"{row.student.seconds:.4f}",
+             f"{row.speed_up:.1f}x", f"{row.plain.cpu_seconds:.3f}", f"{row.student.cpu_seconds:.4f}",
+             f"{row.flops / 1e9:.2f}", f"{row.gemm_rate / 1e9:.1f}", f"{row.over_limit:.2f}x"] for row in report.rows]
+    tables = [operator_table(f"one pass, {row.shape}, batch {row.batch}", row.operators) for row in report.rows]
+    return "\n\n".join([
+        "# One pass of a student beside plain decoding",
+        f"256 tokens; random weights; {report.repeats} repeats in turns; {report.dtype}; {report.machine}. The limit is "
+        "the pass's FLOPs at the machine's rate of 1024x1024x1024 products.",
+        markdown_table(header, rows), *tables])
