@@ -79,7 +79,8 @@ class Dd2:
             passes += target.forward_passes
         if on_step is not None:
             on_step(StepInfo(passes, codes_BL.numel(), codes_BL.numel(), codes_BL))
-        return DecodeResult(DecodeStats(passes), codes_BL, tokens_BLC)
+        fixed = (0.0,) * (passes - 1) + (float(codes_BL.shape[1]),)
+        return DecodeResult(DecodeStats(passes, fixed), codes_BL, tokens_BLC)
 
     def _teacher_from(self, units: int, steps: int | None) -> int:
         """The first unit that the teacher draws, `units` if none. Raises InputError."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 import inspect
 import logging
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -20,14 +21,15 @@ from arimg.accel.ar import PlainAR
 from arimg.accel.audit import LIMIT, audit
 from arimg.accel.base import Decoder, DecodeRequest, DecodeResult, DecodeStats, Guarantee, OnStep
 from arimg.accel.cost import cost_curve
+from arimg.accel.find import needs_network, orders_of, second_network
 from arimg.accel.target import Target, branch_scales
+from arimg.accel.verify import Verify
 from arimg.bench.machine import GemmClock, ReadClock, describe, markdown_table, median, timed
 from arimg.bench.memory import peak_memory
 from arimg.control.base import build
 from arimg.data import load_emoji
 from arimg.errors import InputError
 from arimg.images import load_image
-from arimg.models.base import order_of
 from arimg.pipeline import Pipeline, positions_per_pass
 from arimg.quantize import weight_sizes
 from arimg.registry import DECODERS
@@ -135,15 +137,21 @@ def find_scenes(pipe: Pipeline, files: Sequence[str], data: Path, count: int) ->
     return file_scenes(pipe, files, count)
 
 
-def find_decoders(names: Sequence[str], windows: Sequence[int | str]) -> dict[str, Decoder]:
-    """Decoders by the names of their rows, plain decoding first; one per window where a decoder has windows.
+def find_decoders(names: Sequence[str], windows: Sequence[int | str],
+                  networks: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Decoder]:
+    """Decoders by the names of their rows, plain decoding first; one per window where a decoder has windows; a one-step
+    decoder also verified.
 
-    No names = all for codes in raster order that need no further parts. Raises UnknownNameError, and InputError on a
-    decoder that needs parts.
+    No names = all for codes in raster order that need no further parts than `networks`, the model's by decoder. Raises
+    UnknownNameError, and InputError on a decoder that needs parts.
     """
     decoders: dict[str, Decoder] = {}
-    raster = [name for name in DECODERS.names() if order_of(DECODERS.load(name)) == "raster"]
+    raster = [name for name in DECODERS.names() if "raster" in orders_of(DECODERS.load(name))]
     for name in names or sorted(raster, key=lambda name: (name != ORACLE, name)):
+        key = second_network(DECODERS.load(name))
+        if key is not None and (key in networks or names):
+            decoders |= _one_step(name, networks)
+            continue
         parameters = inspect.signature(DECODERS.load(name)).parameters
         needed = [key for key, parameter in parameters.items() if parameter.default is parameter.empty
                   and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)]
@@ -156,6 +164,16 @@ def find_decoders(names: Sequence[str], windows: Sequence[int | str]) -> dict[st
         else:
             decoders[name] = DECODERS.load(name)()
     return decoders
+
+
+def _one_step(name: str, networks: Mapping[str, Any]) -> dict[str, Decoder]:
+    """The decoder by itself and as a draft. Raises InputError when its network is missing."""
+    factory = DECODERS.load(name)
+    key = second_network(factory)
+    if key not in networks:
+        raise needs_network(name, "raster")
+    one_step: Decoder = factory(networks[key])
+    return {name: one_step, f"{name} verified": Verify(one_step)}
 
 
 class _Capture:

@@ -153,8 +153,8 @@ def decode(model: str, names: tuple[str, ...], windows: tuple[str, ...], cfgs: t
     from arimg.home import arimg_home
     from arimg.pipeline import Pipeline
 
-    decoders = find_decoders(names, [int(window) if window.isdigit() else window for window in windows])
     pipe = Pipeline.from_pretrained(model, device, dtype, quantize=quantize)
+    decoders = find_decoders(names, [int(window) if window.isdigit() else window for window in windows], pipe.decoders)
     scenes = find_scenes(pipe, control, arimg_home() / "data" / "emoji-128", n)
     model = model if quantize is None else f"{model} with {quantize} weights"
     report = bench_decode(pipe, model, scenes, decoders, cfgs or (pipe.settings.cfg,), repeats)

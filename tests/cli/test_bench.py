@@ -17,7 +17,8 @@ from arimg.cli import main
 from arimg.data import to_images
 from arimg.tokenizers.base import Encoded
 from arimg.tokenizers.vq import VQConfig, VQTokenizer
-from tests.toy import SIDE, toy_folder
+from tests.toy import SIDE, toy_folder, toy_pipeline
+from tests.toy_decoders import with_students
 from tests.train.toy_emoji import write_toy_emoji
 
 EMBEDDED = str(Path(arimg_package.__file__).parent / "assets" / "emoji" / "transformer")
@@ -134,7 +135,19 @@ def test_bench_decode() -> None:
     assert figures["pass_seconds"]["1.0"]["1"] > 0
 
 
+def test_bench_decode_of_a_student() -> None:
+    with_students(toy_pipeline()).save_pretrained("toy")
+    Image.new("L", (SIDE, SIDE)).save("map.png")
+    arimg("bench", "decode", "--model", "toy", "--decoder", "ar", "--decoder", "dd1", "--control", "map.png", "-n", "1",
+          "--repeats", "1", "--json", "figures.json")
+    rows = {row["decoder"]: row for row in json.loads(Path("figures.json").read_text(encoding="utf-8"))["decoders"]}
+    assert list(rows) == ["ar", "dd1", "dd1 verified"]
+    assert rows["dd1"]["passes"] == 1 and rows["dd1"]["tokens_per_pass"] == 16
+    assert rows["dd1 verified"]["guarantee"] == "tolerance" and rows["dd1 verified"]["audit_lawful"]
+
+
 @pytest.mark.parametrize(("arguments", "message"), [
+    (("--decoder", "dd1"), "this model has no decoders/dd1"),
     (("--decoder", "arr"), "unknown decoder 'arr'; did you mean ar"),
     (("--model", "toyy"), "toyy"),
     (("--control", "nowhere.png"), "nowhere.png"),
