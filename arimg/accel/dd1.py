@@ -145,7 +145,8 @@ class Dd1:
             codes_BL[:, clean:stop], codes_BL[:, stop:] = codes_BW, space.nearest(tokens_BLC[:, stop:])
             if on_step is not None:
                 on_step(StepInfo(passes, codes_BL.numel(), codes_BL.numel(), codes_BL))
-        stats = DecodeStats(passes, (0.0,) * (passes - 1) + (float(codes_BL.shape[1]),), extra={"student_passes": len(schedule.timesteps)})
+        fixed = (0.0,) * (passes - 1) + (float(codes_BL.shape[1]),)
+        stats = DecodeStats(passes, fixed, extra={"student_passes": len(schedule.timesteps)})
         return DecodeResult(stats, codes_BL, tokens_BLC)
 
 

@@ -48,8 +48,8 @@ def shifted(latents_BLC: Tensor, space: TokenSpace) -> Tensor:
 
 
 class Dd2:
-    """Decodes with a generator: one pass; then the teacher draws the units from `teacher_from` on anew (section 4.2: the
-    last scales; None: the last `steps` - 1 units). Codes are those nearest to the latents."""
+    """Decodes with a generator: one pass; then the teacher draws the units from `teacher_from` on anew (section 4.2:
+    the last scales; None: the last `steps` - 1 units). Codes are those nearest to the latents."""
 
     guarantee: Guarantee = "none"
     orders: ClassVar[tuple[Order, ...]] = ("raster", "scales")

@@ -68,8 +68,8 @@ def check_order(name: str, decoder: Any, model: Any) -> None:
 def needs_network(name: str, order: Order) -> InputError:
     """What to say of a decoder whose network a model does not have."""
     key = second_network(DECODERS.load(name))
-    return InputError(f"the decoder {name} paints with a network of its own, and this model has no decoders/{key}; give "
-                      f"one (Python: pipe.decoders[\"{key}\"] = network, then pipe.save_pretrained(FOLDER)), or use "
+    return InputError(f"the decoder {name} paints with a network of its own, and this model has no decoders/{key}; "
+                      f"give one (Python: pipe.decoders[\"{key}\"] = network, then pipe.save_pretrained(FOLDER)), or use "
                       f"{' or '.join(_lawful(order))}")
 
 

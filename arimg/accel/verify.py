@@ -56,8 +56,8 @@ class FlowScales(FlowAR):
 
 
 class FlowMatch(ExactMatch):
-    """The same test where draws are dear: flows are followed AT_ONCE by AT_ONCE positions, and no farther than the block
-    behind the one in which the last picture's first draft fails. Drafts behind it stay what they are."""
+    """The same test where draws are dear: flows are followed in blocks of AT_ONCE positions, and no farther than AHEAD
+    blocks behind the one in which a picture's first draft fails. Drafts behind them stay what they are."""
 
     def judge(self, window: Window, draws: Draws) -> Verdict:
         """See Acceptance."""

@@ -143,7 +143,7 @@ def to_markdown(report: DistilledReport) -> str:
     tables = [operator_table(f"one pass, {row.shape}, batch {row.batch}", row.operators) for row in report.rows]
     return "\n\n".join([
         "# One pass of a student beside plain decoding",
-        f"256 tokens; random weights; {report.repeats} repeats in turns; {report.dtype}; {report.machine}. The limit is "
-        "the pass's FLOPs at the machine's rate of 1024x1024x1024 products. On a busy machine processor time is the "
+        f"256 tokens; random weights; {report.repeats} repeats in turns; {report.dtype}; {report.machine}. The limit "
+        "is the pass's FLOPs at the machine's rate of 1024x1024x1024 products. On a busy machine processor time is the "
         "steadier clock.",
         markdown_table(header, rows), *tables])

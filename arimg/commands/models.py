@@ -18,7 +18,8 @@ def command() -> None:
         height, width = settings.size
         click.echo(f"{model.name}: {settings.title} ({height}x{width} pixels, {model.bytes / 1e6:.1f} MB)")
         details = {"controls": ", ".join(settings.control_types), "classes": ", ".join(settings.class_names),
-                   "decoders": ", ".join((settings.decoder, *model.decoders)), "source": settings.source, "licence": settings.licence, "folder": model.folder}
+                   "decoders": ", ".join((settings.decoder, *model.decoders)), "source": settings.source,
+                   "licence": settings.licence, "folder": model.folder}
         for label, text in details.items():
             if text:
                 click.echo(f"  {label:9} {text}")

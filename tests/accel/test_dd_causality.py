@@ -1,5 +1,5 @@
-"""What a token may depend on, decoded: noise, tokens and control rows of later units never move it, in the teacher's own
-map from noise to codes, in DD1's student and in DD2's generator. And the slot at which a control row acts."""
+"""What a token may depend on, decoded: noise, tokens and control rows of later units never move it, in the teacher's
+own map from noise to codes, in DD1's student and in DD2's generator. And the slot at which a control row acts."""
 
 from __future__ import annotations
 

@@ -24,8 +24,8 @@ PICTURES = 8
 @pytest.fixture(scope="module")
 def rows() -> dict[str, dict[str, Any]]:
     """Per decoder: codes, mean passes, processor seconds per picture, share of right guesses."""
-    teacher = trained_teacher(120)
-    student = trained_student(teacher, 2048, 300)
+    teacher = trained_teacher(150)
+    student = trained_student(teacher, 4096, 500)
     asked = teacher.request(PICTURES, 10, torch.Generator().manual_seed(5))
     decoders: dict[str, Decoder] = {
         "ar": PlainAR(), "jacobi": Jacobi(), "the flow, one by one": FlowAR(SOLVER), "dd1": Dd1(student),

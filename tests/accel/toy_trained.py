@@ -1,5 +1,5 @@
-"""A toy teacher and its one-step student, both trained here: fields of 8 x 8 tokens, each of which starts anew or copies
-the token to its left or above; a control map says which start."""
+"""A toy teacher and its one-step student, both trained here: fields of 8 x 8 tokens, each of which starts anew or
+copies the token to its left or above; a control map says which start."""
 
 from __future__ import annotations
 

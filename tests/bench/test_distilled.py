@@ -21,8 +21,8 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_page_and_the_file(tmp_path: Path) -> None:
-    result = CliRunner().invoke(main, ["bench", "distilled", "--shape", "toy", "--batch", "1", "--batch", "2", "--cfg", "2",
-                                       "--repeats", "1", "--json", str(tmp_path / "figures.json")])
+    arguments = ["--shape", "toy", "--batch", "1", "--batch", "2", "--cfg", "2", "--repeats", "1"]
+    result = CliRunner().invoke(main, ["bench", "distilled", *arguments, "--json", str(tmp_path / "figures.json")])
     assert result.exit_code == 0, (result.stderr, result.exception)
     assert result.stdout.startswith("# One pass of a student") and result.stdout.count("| toy |") == 4
     assert "`aten::" in result.stdout
