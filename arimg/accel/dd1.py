@@ -72,6 +72,9 @@ SCHEDULES = {       # released, with the teacher; its own law has cfg 2, and top
 }
 
 
+LOGIT_ROWS = 256        # tokens of all pictures whose logits are made at once
+
+
 def unit_ends(request: DecodeRequest) -> tuple[int, ...]:
     """U+1 numbers: how many tokens the first u units hold."""
     if request.space is None or request.space.scales is None:
@@ -87,7 +90,7 @@ def student_pass(student: Student, tokens_BLC: Tensor, noise_BLC: Tensor, clean:
     input_BLC = torch.cat([tokens_BLC[:, :clean], noise_BLC[:, clean:].to(tokens_BLC.dtype)], dim=1)
     clean_B = torch.full((len(input_BLC),), clean, device=input_BLC.device)
     h_BLD = student.features(input_BLC, clean_B, request.condition, request.grid, request.inject_KBLD)
-    codes_BW = student.logits(h_BLD[:, clean:split], request.condition).argmax(-1)
+    codes_BW = _likeliest(student, h_BLD[:, clean:split], request.condition)
     latents_BWC = student.latents(h_BLD[:, split:], request.condition)
     vectors_BWC = codebook_VC[codes_BW].to(latents_BWC.dtype)
     return torch.cat([input_BLC[:, :clean].to(latents_BWC.dtype), vectors_BWC, latents_BWC], dim=1), codes_BW
@@ -102,6 +105,12 @@ def trained_schedule(student: Student, steps: int | None) -> Schedule:
         raise InputError(f"--steps {count}: this student was trained for {len(timesteps)} "
                          f"(timesteps {known} in its config.json); give at most that many")
     return Schedule(timesteps[:count], student.config.split)
+
+
+def _likeliest(student: Student, h_BWD: Tensor, condition: Condition) -> Tensor:
+    """codes_BW of the largest logits, which are made some tokens at a time and never kept."""
+    width = max(1, LOGIT_ROWS // len(h_BWD))
+    return torch.cat([student.logits(h, condition).argmax(-1) for h in h_BWD.split(width, dim=1)], dim=1)
 
 
 class Dd1:

@@ -69,8 +69,8 @@ def needs_network(name: str, order: Order) -> InputError:
     """What to say of a decoder whose network a model does not have."""
     key = second_network(DECODERS.load(name))
     return InputError(f"the decoder {name} paints with a network of its own, and this model has no decoders/{key}; "
-                      f"give one (Python: pipe.decoders[\"{key}\"] = network, then pipe.save_pretrained(FOLDER)), or use "
-                      f"{' or '.join(_lawful(order))}")
+                      f"give one (Python: pipe.decoders[\"{key}\"] = network, then pipe.save_pretrained(FOLDER)), or "
+                      f"use {' or '.join(_lawful(order))}")
 
 
 def _named(name: str, options: dict[str, Any], networks: Mapping[str, Any]) -> Decoder:

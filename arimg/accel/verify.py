@@ -26,7 +26,6 @@ from arimg.accel.windows import BUCKETS, AdaptiveWindow, WindowPolicy, nominal_c
 from arimg.errors import InputError
 from arimg.models.base import Order
 
-
 AT_ONCE = 16                # positions whose flows are followed together
 AHEAD = 1                   # blocks of them behind a failed draft whose drafts are revised
 FIRST_WINDOWS = (32, 64)    # of the drafts of a student

@@ -38,9 +38,8 @@ def fields(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Cond
         for column in range(1 if row == 0 else 0, GRID[1]):
             left_B = codes_BHW[:, row, max(0, column - 1)]
             up_B = codes_BHW[:, max(0, row - 1), column]
-            copied_B = left_B if row == 0 else up_B if column == 0 else torch.where(leftward_BHW[:, row, column],
-                                                                                  left_B, up_B)
-            starts_B = starts_BHW[:, row, column]
+            from_left_B = leftward_BHW[:, row, column] & (column > 0) | (row == 0)
+            copied_B, starts_B = torch.where(from_left_B, left_B, up_B), starts_BHW[:, row, column]
             codes_BHW[:, row, column] = torch.where(starts_B, fresh_BHW[:, row, column], copied_B)
     return codes_BHW.flatten(1), starts_BHW.flatten(1), Condition(class_ids_B=class_ids_B)
 
