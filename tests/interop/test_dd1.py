@@ -69,7 +69,8 @@ def test_released_var_students_fit(depth: int) -> None:
 
 @torch.no_grad()
 def test_var_student_that_reads_the_noise_data_embedding_as_it_is() -> None:
-    config = VARConfig(vocab_size=5, codebook_dim=2, scales=((1, 1), (2, 2)), dim=8, layers=2, heads=2, num_classes=3)
+    config = VARStudentConfig(vocab_size=5, codebook_dim=2, scales=((1, 1), (2, 2)), dim=8, layers=2, heads=2,
+                              num_classes=3)
     original = {key.removeprefix("backbone."): tensor for key, tensor in VARStudent(config).state_dict().items()
                 if not key.startswith("layerwise_n_d_embed.")}
     student = VARStudent(config)
