@@ -293,7 +293,7 @@ def _load_tokenizer(name: str) -> tuple[Any, Path]:
     alone = (own / CONFIG).is_file() and not (own / INDEX).is_file()
     folder = own if alone else find_model(name) / "tokenizer"
     network = load_component(folder, torch.float32)
-    if not hasattr(network, "decode_codes"):
+    if not hasattr(network, "space"):
         raise CheckpointError(f"{folder}: holds a {type(network).__name__}, which is no tokenizer; give the folder of "
                               "one, or of a whole pipeline")
     return network, folder

@@ -19,7 +19,7 @@ from arimg.evals.extractors import Extractor, Features
 from arimg.evals.held_out import HeldOut, files_below, fingerprint_of
 from arimg.evals.picture_sets import Bar, PictureSet, distances
 from arimg.evals.report import Report, versions
-from arimg.evals.tokenizer_metrics import BATCH, masked_psnr, perplexity, psnr, ssim, usage
+from arimg.evals.tokenizer_metrics import BATCH, masked_psnr, perplexity, psnr, rebuild, ssim, usage
 from arimg.tokenizers.losses import PerceptualLoss
 
 
@@ -88,7 +88,8 @@ class FolderPictures:
 class _Tally:
     """What is kept of the batches: one value per picture and metric, counts of codes, features."""
 
-    codes_V: np.ndarray
+    codes_V: np.ndarray                 # empty for continuous tokens
+    moments_3: np.ndarray               # of those: how many numbers, their sum, the sum of their squares
     values: dict[str, list[np.ndarray]] = field(default_factory=dict)
     features: dict[str, list[np.ndarray]] = field(default_factory=dict)
 
@@ -98,6 +99,21 @@ class _Tally:
 
     def add_pool(self, name: str, features: Features) -> None:
         self.features.setdefault(name, []).append(features.pool_NC)
+
+    def add_tokens(self, tokens_N: np.ndarray) -> None:
+        if tokens_N.dtype.kind == "f":
+            numbers_N = tokens_N.astype(np.float64)
+            self.moments_3 += len(numbers_N), numbers_N.sum(), np.square(numbers_N).sum()
+        else:
+            self.codes_V += np.bincount(tokens_N, minlength=len(self.codes_V))
+
+    def tokens(self) -> dict[str, float]:
+        """Of the tokens themselves: how the codes are used, or mean and deviation of the numbers, which the scale is
+        to make 1."""
+        if self.moments_3[0]:
+            _, mean, square = self.moments_3 / self.moments_3[0]
+            return {"latent_mean": float(mean), "latent_std": float(np.sqrt(square - mean ** 2))}
+        return {"codes": float(len(self.codes_V)), "usage": usage(self.codes_V), "perplexity": perplexity(self.codes_V)}
 
     def pool(self, name: str) -> Features:
         return Features(np.concatenate(self.features[name]))
@@ -114,11 +130,12 @@ class Judges(NamedTuple):
 @torch.no_grad()
 def evaluate_tokenizer(tokenizer: Any, originals: Originals, judges: Judges, seed: int, bar: Bar = iter,
                        **more: Any) -> Report:
-    """PSNR, SSIM, LPIPS if its network is there, codebook usage, edges, and distances to the reference.
+    """PSNR, SSIM, LPIPS if its network is there, codebook usage (of continuous tokens mean and deviation), edges, and
+    distances to the reference.
 
     Raises InputError on a reference that was not made alike.
     """
-    tally = _Tally(np.zeros(tokenizer.vocab_size, np.int64))
+    tally = _Tally(np.zeros(getattr(tokenizer, "vocab_size", 0), np.int64), np.zeros(3))
     size = (0, 0)
     for read, compared in originals.batches(bar):
         size = (compared.shape[1], compared.shape[2])
@@ -131,18 +148,16 @@ def evaluate_tokenizer(tokenizer: Any, originals: Originals, judges: Judges, see
                      "extractor": extractor.describe(), **more})
     report.add("reconstructions", {name: mean_figure(np.concatenate(values), seed)
                                    for name, values in tally.values.items()})
-    report.add("reconstructions", {"codes": float(tokenizer.vocab_size), "usage": usage(tally.codes_V),
-                                   "perplexity": perplexity(tally.codes_V)})
+    report.add("reconstructions", tally.tokens())
     report.add("reconstructions", distances(rebuilt, reference, seed, "rfid"))
     return report
 
 
 def _measure(tokenizer: Any, read: np.ndarray, compared: np.ndarray, judges: Judges, tally: _Tally) -> None:
     device = next(tokenizer.parameters()).device
-    encoded = tokenizer.encode(to_images(read).to(device))
-    images_B3HW = resized(tokenizer.decode_codes(encoded.codes_BL, encoded.grid), compared.shape[1:3])
-    pixels = to_pixels(images_B3HW)
-    tally.codes_V += np.bincount(encoded.codes_BL.flatten().cpu().numpy(), minlength=len(tally.codes_V))
+    rebuilt = rebuild(tokenizer, to_images(read).to(device))
+    pixels = to_pixels(resized(rebuilt.images_B3HW, compared.shape[1:3]))
+    tally.add_tokens(rebuilt.tokens.flatten().cpu().numpy())
     tally.add({"psnr": psnr(pixels, compared), "psnr_mask": masked_psnr(pixels, compared), **ssim(pixels, compared)})
     if judges.lpips is not None:
         distance_B = judges.lpips(to_images(pixels).to(device), to_images(compared).to(device))

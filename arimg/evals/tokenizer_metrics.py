@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from importlib.util import find_spec
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from arimg.data import to_images, to_pixels
 from arimg.errors import MissingExtraError
 from arimg.evals.control_metrics import SSIM_WINDOW, unit_range
-from arimg.tokenizers.base import Tokenizer
 
 WHITE_FROM = 250            # a pixel is ground where all channels of the original reach this value
 HIGHEST_PSNR = 100.0        # of a picture without any error
@@ -24,14 +25,28 @@ BATCH = 16
 
 
 @torch.no_grad()
-def reconstruct(tokenizer: Tokenizer, pixels_NHW3: np.ndarray, device: torch.device | str = "cpu",
+def reconstruct(tokenizer: Any, pixels_NHW3: np.ndarray, device: torch.device | str = "cpu",
                 bar: Callable[[Iterable], Iterable] = iter) -> np.ndarray:
     """pixels_NHW3 uint8 after encoding and decoding, batch by batch; `bar` wraps the iteration over batches."""
     pixels = []
     for start in bar(range(0, len(pixels_NHW3), BATCH)):
-        encoded = tokenizer.encode(to_images(pixels_NHW3[start:start + BATCH]).to(device))
-        pixels.append(to_pixels(tokenizer.decode_codes(encoded.codes_BL, encoded.grid)))
+        pixels.append(to_pixels(rebuild(tokenizer, to_images(pixels_NHW3[start:start + BATCH]).to(device)).images_B3HW))
     return np.concatenate(pixels)
+
+
+class Rebuilt(NamedTuple):
+    """Pictures after encoding and decoding."""
+
+    images_B3HW: Tensor
+    tokens: Tensor          # codes_BL (int64), or latents_BChw of a continuous tokenizer: the posterior's mean
+
+
+def rebuild(tokenizer: Any, images_B3HW: Tensor) -> Rebuilt:
+    """Encode and decode a batch in [-1, 1] with either kind of tokenizer."""
+    encoded = tokenizer.encode(images_B3HW)
+    if isinstance(encoded, Tensor):
+        return Rebuilt(tokenizer.decode(encoded), encoded)
+    return Rebuilt(tokenizer.decode_codes(encoded.codes_BL, encoded.grid), encoded.codes_BL)
 
 
 def psnr(pixels_NHW3: np.ndarray, original_NHW3: np.ndarray) -> np.ndarray:

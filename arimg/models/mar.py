@@ -169,6 +169,11 @@ class MARTransformer(nn.Module):
         """The diffusion or flow head, under MAR's name for it in the state dict."""
         return self.diffloss
 
+    @property
+    def layers(self) -> list[nn.Module]:
+        """All blocks."""
+        return [*self.encoder_blocks, *self.decoder_blocks]
+
     def drop(self, condition: Condition, dropped_B: Tensor) -> Condition:
         """The null class on the rows where the bool `dropped_B` is true. Raises InputError on a caption."""
         if condition.class_ids_B is None:

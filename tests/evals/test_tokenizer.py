@@ -12,7 +12,9 @@ import torch
 from click.testing import CliRunner, Result
 from PIL import Image
 
+from arimg.checkpoints import load_component
 from arimg.cli import main
+from arimg.data import to_images
 from arimg.evals.extractors import metric_name
 from arimg.evals.picture_sets import PictureSet, figures, load_pictures
 from arimg.evals.references import write_reference
@@ -23,6 +25,7 @@ from arimg.images import center_crop_adm, load_image
 from arimg.registry import EXTRACTORS
 from tests.evals.fake import FakeInception
 from tests.toy import toy_folder, toy_pipeline
+from tests.toy_continuous import toy_continuous_pipeline
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +100,21 @@ def test_a_larger_size_is_measured_at_a_smaller_one(places: Path) -> None:
     report = measured(places, "--size", "32", "--measured-size", "16")
     assert (report["protocol"]["size"], report["protocol"]["measured_size"]) == (32, 16)
     assert report["results"]["reconstructions"]["fd_toy"] != measured(places)["results"]["reconstructions"]["fd_toy"]
+
+
+def test_a_continuous_tokenizer_has_no_codes(places: Path) -> None:
+    """Mean and deviation of its numbers stand where a codebook's usage would."""
+    toy_continuous_pipeline("masked").to(torch.float32).save_pretrained("kl")
+    tokenizer(places, "--model", "kl", "--json", "report.json")
+    figures_ = json.loads(Path("report.json").read_text())["results"]["reconstructions"]
+    assert {"psnr", "ssim", "f1", "fd_toy", "latent_mean", "latent_std"} <= set(figures_) and "usage" not in figures_
+    network = load_component(Path("kl/tokenizer"), torch.float32)
+    files = sorted((places / "val").rglob("*.png"))
+    pixels = np.stack([np.asarray(center_crop_adm(load_image(path), 16)) for path in files])
+    with torch.no_grad():
+        latents = network.encode(to_images(pixels)).double()
+    assert figures_["latent_mean"]["value"] == pytest.approx(float(latents.mean()), abs=1e-5)
+    assert figures_["latent_std"]["value"] == pytest.approx(float(latents.std(correction=0)), rel=1e-4)
 
 
 def test_lpips_with_weights_given(places: Path) -> None:
