@@ -1,4 +1,5 @@
-"""LlamaGen's own code beside arimg, same weights, same process: `python scripts/bench_original.py --llamagen PATH`."""
+"""LlamaGen's or MAR's own code beside arimg, same weights, same process: `python scripts/bench_original.py --llamagen
+PATH`, or `--mar PATH`."""
 
 from __future__ import annotations
 
@@ -8,15 +9,18 @@ import os
 import torch
 
 from arimg.bench.original import ar_pair, load_llamagen, vq_pair
+from arimg.bench.original_mar import bench_generation, load_mar, mar_pair
 from arimg.bench.side_by_side import bench_decoding, bench_pixels, bench_training, to_markdown
 from arimg.presets import AR_PRESETS
 from arimg.tokenizers.vq import VQConfig
 
 
 def main() -> None:
-    """Plain decoding (the default), training steps or pixels; prints a page of Markdown."""
+    """Plain decoding (the default), training steps or pixels; of MAR steps of generation. Prints a page of Markdown."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--llamagen", required=True, metavar="PATH", help="a checkout of FoundationVision/LlamaGen")
+    whose = parser.add_mutually_exclusive_group(required=True)
+    whose.add_argument("--llamagen", metavar="PATH", help="a checkout of FoundationVision/LlamaGen")
+    whose.add_argument("--mar", metavar="PATH", help="a checkout of LTH14/mar: four of the --steps of MAR-B")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--train", action="store_true", help="training steps instead of decoding")
     what.add_argument("--pixels", action="store_true", help="codes to pixels by VQ-16 instead of decoding")
@@ -25,6 +29,7 @@ def main() -> None:
     parser.add_argument("--bf16", action="store_true", help="bfloat16: autocast in training, weights in decoding")
     parser.add_argument("--batch", type=int, default=4, help="of --train [default: 4]")
     parser.add_argument("--tokens", type=int, default=256, help="of decoding [default: 256]")
+    parser.add_argument("--steps", type=int, default=64, help="of generation by MAR [default: 64]")
     parser.add_argument("--cfg", type=float, default=2.0, help="of decoding [default: 2]")
     parser.add_argument("--quantize", nargs="*", default=[], metavar="int8|int4", help="of our weights, for decoding")
     parser.add_argument("--turns", type=int, default=5)
@@ -33,6 +38,11 @@ def main() -> None:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")     # the profiler's own chatter
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
+    if arguments.mar:
+        report = bench_generation(mar_pair(load_mar(arguments.mar), arguments.layers), arguments.steps, arguments.cfg,
+                                  arguments.turns, arguments.quantize)
+        print(to_markdown(report))
+        return
     original, preset = load_llamagen(arguments.llamagen), AR_PRESETS[arguments.preset]
     if arguments.pixels:
         report = bench_pixels(vq_pair(original, VQConfig()), 256, arguments.turns)

@@ -154,18 +154,12 @@ def _run(job: Job, shard: str | None) -> None:
 
 
 def _emoji_codes(tokenizer: str, folder: Path) -> None:
-    import torch
-
-    from arimg.checkpoints import load_component
     from arimg.data import load_emoji
     from arimg.devices import find_device
-    from arimg.train.codes import CodeCache
+    from arimg.train.codes import CodeCache, load_coder
 
     emoji = load_emoji(folder)
-    network = load_component(tokenizer, torch.float32, find_device("auto"))
-    if not hasattr(network, "encode"):
-        raise InputError(f"--tokenizer {tokenizer}: holds the component {type(network).__name__}, which encodes no "
-                         "pictures; give a tokenizer's folder")
+    network = load_coder(tokenizer, find_device("auto"))
     cache = CodeCache(folder / "codes", emoji.images, network, emoji.fingerprint)
     _fill(cache)
     click.echo(cache.codes.filename)

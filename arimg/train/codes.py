@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from arimg.accel.base import token_scales
+from arimg.checkpoints import load_component
 from arimg.data import to_images
 from arimg.devices import find_device
-from arimg.errors import ConfigError
+from arimg.errors import ConfigError, InputError
 from arimg.tokenizers.vq import VQTokenizer
 from arimg.train.caches import CacheFolder
 from arimg.train.crops import Crop
@@ -32,6 +33,18 @@ def tokenizer_hash(tokenizer: VQTokenizer) -> str:
         if not key.startswith(("decoder.", "post_quant_conv.")):
             digest.update(key.encode() + tensor.detach().cpu().contiguous().float().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def load_coder(folder: str, device: torch.device | str = "cpu") -> Any:
+    """A tokenizer with a codebook, in float32. Raises InputError on any other component, and as load_component."""
+    network = load_component(folder, torch.float32, device)
+    if not hasattr(network, "encode"):
+        raise InputError(f"--tokenizer {folder}: holds the component {type(network).__name__}, which encodes no "
+                         "pictures; give a tokenizer's folder")
+    if network.space() is None:
+        raise InputError(f"--tokenizer {folder}: holds a {type(network).__name__}, whose tokens are numbers and not "
+                         "codes; nothing is made ahead for it, so start arimg train")
+    return network
 
 
 class Codes(CodeSource, Protocol):

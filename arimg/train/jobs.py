@@ -18,14 +18,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from arimg.checkpoints import load_component
 from arimg.control.base import build
 from arimg.errors import ConfigError, InputError
 from arimg.images import replacing
 from arimg.train.ar import ARRun
 from arimg.train.caches import CacheFolder, write_records
 from arimg.train.captions import FORMS, captions_cache, encoded, first_sentence, load_encoder
-from arimg.train.codes import LiveCodes, code_dtype, codes_cache
+from arimg.train.codes import LiveCodes, code_dtype, codes_cache, load_coder
 from arimg.train.crops import Crop
 from arimg.train.data import processes
 from arimg.train.map_sources import as_png, maps_cache
@@ -124,7 +123,7 @@ class CodesJob(Job):
 
     def __init__(self, config: ARRun) -> None:
         super().__init__(config)
-        self.live = LiveCodes(load_component(config.tokenizer, torch.float32))
+        self.live = LiveCodes(load_coder(config.tokenizer))
 
     def cache(self, source: Source) -> CacheFolder:
         return codes_cache(self.config.data, self.crop, source, self.live.tokenizer)

@@ -12,7 +12,7 @@ import torch
 
 from arimg.checkpoints import PipelineSettings, save_component
 from arimg.control.adapter import ControlConfig
-from arimg.errors import ConfigError
+from arimg.errors import ConfigError, InputError
 from arimg.models.base import Condition
 from arimg.models.causal import CausalConfig
 from arimg.models.diffusion_head import HeadConfig
@@ -20,6 +20,7 @@ from arimg.models.mar import MARConfig
 from arimg.pipeline import Pipeline
 from arimg.tokenizers.kl import KLConfig, KLTokenizer
 from arimg.train.causal import CausalControlObjective, CausalControlRun, CausalObjective, CausalRun
+from arimg.train.codes import load_coder
 from arimg.train.data_config import DataConfig
 from arimg.train.latents import tokens_of
 from arimg.train.loop import train
@@ -128,6 +129,11 @@ def test_tokens_are_scaled_samples_of_the_posterior(home: Path) -> None:
     noise = torch.randn(3, 4, 8)
     want = tokenizer.encode(images, noise.mT.unflatten(2, (2, 2))).flatten(2).mT
     torch.testing.assert_close(tokens_of(tokenizer.moments(images), noise, tokenizer), want)
+
+
+def test_there_are_no_codes_to_make_ahead(home: Path) -> None:
+    with pytest.raises(InputError, match="holds a KLTokenizer, whose tokens are numbers"):
+        load_coder(str(home / "tokenizer"))
 
 
 @pytest.mark.parametrize("kind", CONTROLLED)
