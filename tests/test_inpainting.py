@@ -17,7 +17,8 @@ PHOTO = Image.fromarray(np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3
 
 
 @pytest.mark.parametrize("model", ["masked", "causal"])
-@pytest.mark.parametrize("free", [(slice(1, 3), slice(1, 3)), (slice(None), slice(2, None))], ids=["hole", "right half"])
+@pytest.mark.parametrize("free", [(slice(1, 3), slice(1, 3)), (slice(None), slice(2, None))],
+                         ids=["hole", "right half"])
 def test_what_is_given_stays_and_the_rest_is_painted(model: str, free: Any) -> None:
     pipe = toy_continuous_pipeline(model)
     with torch.no_grad():

@@ -1,5 +1,5 @@
-"""MAR as its authors wrote it, from a checkout that the user has, beside ours: steps of generation with the same weights,
-on the same canvas. None of its files is changed, and none is needed to use arimg."""
+"""MAR as its authors wrote it, from a checkout that the user has, beside ours: steps of generation with the same
+weights, on the same canvas. None of its files is changed, and none is needed to use arimg."""
 
 from __future__ import annotations
 
@@ -178,7 +178,8 @@ def bench_generation(pair: MARPair, steps: int, cfg: float, turns: int, formats:
     return Comparison(
         f"MAR, {len(chosen)} of {steps} steps of generation, guidance {cfg:g}, batch 1, float32", describe(CPU), turns,
         f"{flops / 1e9:.0f} GFLOP in these steps; GEMM 1024x1024x1024, per thread: {clock.cpu_rate / 1e9:.1f} GFLOP/s",
-        f"largest difference of a token's number from the original's, without noise, as a share of the largest: {agreement}", sides)
+        f"largest difference of a token's number from the original's, without noise, as a share of the largest: "
+        f"{agreement}", sides)
 
 
 def _difference(pair: MARPair, steps: int, cfg: float, step: int) -> float:
