@@ -134,7 +134,7 @@ def test_speculation_paints_as_well(kind: str, studio: Studio) -> None:
 def test_fixed_points_paint_the_same(kind: str, studio: Studio) -> None:
     """To half an 8-bit pixel step."""
     plain = studio.painted(kind, MODELS[kind][3]())
-    painted = studio.painted(kind, JacobiContinuous(8, 1e-3))
+    painted = studio.painted(kind, JacobiContinuous(8, 1e-4))
     painted.show(f"{kind}, jacobi-continuous")
     difference = np.abs(2 * (painted.pixels_NHW3 - plain.pixels_NHW3)).max()
     print(f"largest difference of a pixel in 8-bit steps: {difference * 127.5:.4f}")
