@@ -3,12 +3,11 @@ well along them as the sequential ones. `-s` shows the figures of docs/continuou
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -35,20 +34,34 @@ from tests.train.toy_drawings import CHANNELS, GRID, KINDS, PATCH, PrincipalToke
 
 pytestmark = pytest.mark.slow
 
-COUNT, STEPS = 96, 400              # pictures per figure; steps of training
+COUNT = 96                          # pictures per figure
 HALF_A_PIXEL_STEP = 1 / 255         # of [-1, 1] in 8 bits
-HEAD = HeadConfig(width=96, layers=2, steps="ddim25")     # begins at t = 960: a short training does not reach the end
-MODELS: dict[str, tuple[Any, Any, Any, Any]] = {       # objective, run, model, sequential decoder
-    "causal": (CausalControlObjective, CausalControlRun, CausalConfig(
-        latent_channels=CHANNELS, grid=GRID[0], dim=64, layers=4, heads=4, ffn_hidden=160, num_classes=len(KINDS),
-        dropout=0.0, inject_layers=(0, 1, 2), head=HEAD), ArContinuous),
-    "mar": (MARControlObjective, MARControlRun, MARConfig(
-        latent_channels=CHANNELS, grid=GRID[0], encoder_dim=64, encoder_layers=2, encoder_heads=4, decoder_dim=64,
-        decoder_layers=3, decoder_heads=4, buffer=4, num_classes=len(KINDS), attention_dropout=0.0, dropout=0.0,
-        inject_encoder=(0,), inject_decoder=(0, 1), head=HEAD), Masked),
-}
+HEAD = HeadConfig(width=96, layers=2, steps="ddim25")     # from t = 960: a short training does not reach the end
 ADAPTER = ControlConfig(embed_dim=48, depth=1, heads=4, ffn_hidden=96, patch=PATCH, stride=PATCH, dim=64, points=3,
                         types=("canny",))
+
+
+class Kind(NamedTuple):
+    """One of the two models."""
+
+    objective: Any
+    run: Any
+    model: Any
+    plain: Any                  # the sequential decoder
+    name: str                   # of that decoder
+    training: int               # steps
+    steps: int | None           # of generation
+
+
+MODELS = {
+    "causal": Kind(CausalControlObjective, CausalControlRun, CausalConfig(
+        latent_channels=CHANNELS, grid=GRID[0], dim=64, layers=4, heads=4, ffn_hidden=160, num_classes=len(KINDS),
+        dropout=0.0, inject_layers=(0, 1, 2), head=HEAD), ArContinuous(), "ar-continuous", 400, None),
+    "mar": Kind(MARControlObjective, MARControlRun, MARConfig(
+        latent_channels=CHANNELS, grid=GRID[0], encoder_dim=64, encoder_layers=2, encoder_heads=4, decoder_dim=64,
+        decoder_layers=3, decoder_heads=4, buffer=4, num_classes=len(KINDS), attention_dropout=0.0, dropout=0.0,
+        inject_encoder=(0,), inject_decoder=(0, 1), head=HEAD), Masked(), "masked", 600, 32),
+}
 
 
 @dataclass(frozen=True)
@@ -77,14 +90,14 @@ class Studio:
     @cache
     def pipeline(self, kind: str) -> Pipeline:
         """Trained."""
-        objective, run, model, _ = MODELS[kind]
-        config = run(objective=f"{kind}-control", name=kind, tokenizer=str(self.home / "tokenizer"), model=model,
-                     control=ADAPTER, maps="extracted", control_dropout=0.0, head_draws=2,
-                     data=DataConfig(folder=str(self.home / "drawings"), batch_size=16),
-                     settings=PipelineSettings(decoder="masked" if kind == "mar" else "ar-continuous"),
-                     optim=OptimConfig(steps=STEPS, lr=4e-3, warmup_steps=20),
-                     train=LoopConfig(log_steps=20, ema_decay=0.98))
-        return Pipeline.from_pretrained(train(config, objective(config)), device="cpu", dtype="float32")
+        one = MODELS[kind]
+        config = one.run(objective=f"{kind}-control", name=kind, tokenizer=str(self.home / "tokenizer"),
+                         model=one.model, control=ADAPTER, maps="extracted", control_dropout=0.0, head_draws=2,
+                         data=DataConfig(folder=str(self.home / "drawings"), batch_size=16),
+                         settings=PipelineSettings(decoder=one.name),
+                         optim=OptimConfig(steps=one.training, lr=4e-3, warmup_steps=20),
+                         train=LoopConfig(log_steps=20, ema_decay=0.98))
+        return Pipeline.from_pretrained(train(config, one.objective(config)), device="cpu", dtype="float32")
 
     @cache
     def painted(self, kind: str, decoder: Any, batch: int = 48) -> Painted:
@@ -93,7 +106,8 @@ class Studio:
         for start in range(0, COUNT, batch):
             rows = range(start, start + batch)
             out = self.pipeline(kind)(to_images(maps[start:start + batch]), control_type="canny", decoder=decoder,
-                                      class_id=[k % len(KINDS) for k in rows], seeds=list(rows), output_type="np")
+                                      class_id=[k % len(KINDS) for k in rows], seeds=list(rows), output_type="np",
+                                      steps=MODELS[kind].steps)
             pixels.append(out.images)
             passes.append(out.stats.forward_passes)
             seconds += out.stats.seconds["tokens"]
@@ -116,15 +130,15 @@ def studio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Studio]:
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_control_is_obeyed(kind: str, studio: Studio) -> None:
-    painted = studio.painted(kind, MODELS[kind][3]())
+    painted = studio.painted(kind, MODELS[kind].plain)
     painted.show(f"{kind}, sequential")
     assert painted.f1_N.mean() >= 2 * painted.shuffled_N.mean()
 
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_speculation_paints_as_well(kind: str, studio: Studio) -> None:
-    plain = studio.painted(kind, MODELS[kind][3](last_noise=True))
-    painted = studio.painted(kind, Cspd(nearby(studio.pipeline(kind).transformer, 1e-5), 3))
+    plain = studio.painted(kind, type(MODELS[kind].plain)(last_noise=True))
+    painted = studio.painted(kind, Cspd(nearby(studio.pipeline(kind).transformer, 1e-4), 3))
     plain.show(f"{kind}, sequential with last noise")
     painted.show(f"{kind}, cspd")
     assert abs(painted.f1_N.mean() - plain.f1_N.mean()) <= 0.02
@@ -133,11 +147,10 @@ def test_speculation_paints_as_well(kind: str, studio: Studio) -> None:
 @pytest.mark.parametrize("kind", MODELS)
 def test_fixed_points_paint_the_same(kind: str, studio: Studio) -> None:
     """To half an 8-bit pixel step."""
-    plain = studio.painted(kind, MODELS[kind][3]())
-    painted = studio.painted(kind, JacobiContinuous(8, 1e-4))
+    plain = studio.painted(kind, MODELS[kind].plain)
+    painted = studio.painted(kind, JacobiContinuous(8, 2e-5))
     painted.show(f"{kind}, jacobi-continuous")
     difference = np.abs(2 * (painted.pixels_NHW3 - plain.pixels_NHW3)).max()
     print(f"largest difference of a pixel in 8-bit steps: {difference * 127.5:.4f}")
     assert abs(painted.f1_N.mean() - plain.f1_N.mean()) <= 0.02
     assert difference <= HALF_A_PIXEL_STEP and painted.passes <= plain.passes
-    assert math.isfinite(painted.seconds)
