@@ -19,6 +19,6 @@ def lay_out(network: nn.Module) -> nn.Module:
             weight = module.weight.data
             by_columns = weight.device.type == "cpu" and weight.dtype == torch.float32
             module.weight.data = weight.t().contiguous().t() if by_columns else weight.contiguous()
-        elif hasattr(module, "lay_out"):
-            module.lay_out()
+        elif callable(own := getattr(module, "lay_out", None)):
+            own()
     return network

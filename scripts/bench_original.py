@@ -40,7 +40,7 @@ def main() -> None:
         torch.set_num_threads(arguments.threads)
     if arguments.mar:
         report = bench_generation(mar_pair(load_mar(arguments.mar), arguments.layers), arguments.steps, arguments.cfg,
-                                  arguments.turns, arguments.quantize)
+                                  arguments.turns)
         print(to_markdown(report))
         return
     original, preset = load_llamagen(arguments.llamagen), AR_PRESETS[arguments.preset]

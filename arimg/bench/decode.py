@@ -170,7 +170,7 @@ def _one_step(name: str, networks: Mapping[str, Any]) -> dict[str, Decoder]:
     """The decoder by itself and as a draft. Raises InputError when its network is missing."""
     factory = DECODERS.load(name)
     key = second_network(factory)
-    if key not in networks:
+    if key is None or key not in networks:
         raise needs_network(name, "raster")
     one_step: Decoder = factory(networks[key])
     return {name: one_step, f"{name} verified": Verify(one_step)}

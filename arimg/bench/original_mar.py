@@ -3,11 +3,10 @@ weights, on the same canvas. None of its files is changed, and none is needed to
 
 from __future__ import annotations
 
-import copy
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
@@ -31,7 +30,6 @@ from arimg.interop.mar import mar_config_from_original
 from arimg.models.base import Condition
 from arimg.models.mar import MARConfig, MARTransformer
 from arimg.presets import MAR_PRESETS, MARPreset
-from arimg.quantize import quantize
 
 _PACKAGES = ("diffusion", "models")         # the checkout's; the second has no __init__.py
 CLASS_ID = 7
@@ -115,7 +113,7 @@ class MARPair:
         class_rows = torch.cat([net.class_emb(torch.tensor([CLASS_ID])), net.fake_latent])
         z_BLD = net.forward_mae_decoder(
             net.forward_mae_encoder(self.canvas().repeat(2, 1, 1), masked_BL, class_rows), masked_BL)
-        start_NC = head_noise(request, tokens, self.ours.head.draws, self.ours.channels)[:, 0].repeat(2, 1)
+        start_NC = head_noise(request, tokens, cast(int, self.ours.head.draws), self.ours.channels)[:, 0].repeat(2, 1)
         with _on_the_cpu():
             both_NC: Tensor = net.diffloss.gen_diffusion.p_sample_loop(
                 net.diffloss.net.forward_with_cfg, start_NC.shape, start_NC, clip_denoised=False,
@@ -154,21 +152,15 @@ def timed_steps(steps: int) -> list[int]:
 
 
 @torch.no_grad()
-def bench_generation(pair: MARPair, steps: int, cfg: float, turns: int, formats: Sequence[str] = ()) -> Comparison:
-    """Steps of the generation of one picture in `steps` steps; ours also with weights quantised to each of
-    `formats`."""
+def bench_generation(pair: MARPair, steps: int, cfg: float, turns: int) -> Comparison:
+    """Steps of the generation of one picture in `steps` steps."""
     request = pair.request(steps, cfg)
     plan, _ = open_plan(pair.ours, request)
-    pairs = {OURS: pair, **{f"{OURS} {name}": replace(
-        pair, ours=cast(MARTransformer, quantize(copy.deepcopy(pair.ours), name))) for name in formats}}
     chosen = timed_steps(steps)
     runs: dict[str, Phases] = {THEIRS: {f"step {step + 1}": partial(pair.their_step, request, plan, step)
                                         for step in chosen}}
-    for name, one in pairs.items():
-        network = Network(one.ours, request, plan, "linear", last_noise=False)
-        runs[name] = {f"step {step + 1}": partial(one.our_step, network, step) for step in chosen}
-    agreement = ", ".join(f"{name} {_difference(one, steps, cfg, chosen[len(chosen) // 2]):.1e}"
-                          for name, one in pairs.items())
+    network = Network(pair.ours, request, plan, "linear", last_noise=False)
+    runs[OURS] = {f"step {step + 1}": partial(pair.our_step, network, step) for step in chosen}
     flops = count_flops(lambda: [work() for work in runs[OURS].values()])
     clock = GemmClock(torch.float32, CPU)
     laps = compare(runs, [clock.measure], turns)
@@ -179,7 +171,7 @@ def bench_generation(pair: MARPair, steps: int, cfg: float, turns: int, formats:
         f"MAR, {len(chosen)} of {steps} steps of generation, guidance {cfg:g}, batch 1, float32", describe(CPU), turns,
         f"{flops / 1e9:.0f} GFLOP in these steps; GEMM 1024x1024x1024, per thread: {clock.cpu_rate / 1e9:.1f} GFLOP/s",
         f"largest difference of a token's number from the original's, without noise, as a share of the largest: "
-        f"{agreement}", sides)
+        f"{_difference(pair, steps, cfg, chosen[len(chosen) // 2]):.1e}", sides)
 
 
 def _difference(pair: MARPair, steps: int, cfg: float, step: int) -> float:

@@ -14,6 +14,7 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -70,8 +71,10 @@ def bench_train(config: RunConfig, steps: int = 8, compare_compiled: bool = Fals
     if compare_compiled or config.train.compile:
         _check_compiler()
     objective = OBJECTIVES.load(config.objective)(config)
-    with tempfile.TemporaryDirectory(prefix="arimg-bench-") as folder:  # an absolute name is the run's folder
-        trainer = Trainer(replace(config, name=folder, train=replace(config.train, compile=False)), objective)
+    runs = config.folder().parent
+    runs.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="bench-", dir=runs) as folder:
+        trainer = Trainer(replace(config, name=Path(folder).name, train=replace(config.train, compile=False)), objective)
     for network in trainer.networks.values():
         network.train()
     variants = _variants(trainer, config.train.compile, compare_compiled)

@@ -160,11 +160,6 @@ class MARTransformer(nn.Module):
             nn.init.normal_(tensor, std=0.02)
 
     @property
-    def layers(self) -> list[nn.Module]:
-        """All blocks."""
-        return [*self.encoder_blocks, *self.decoder_blocks]
-
-    @property
     def head(self) -> nn.Module:
         """The diffusion or flow head, under MAR's name for it in the state dict."""
         return self.diffloss
