@@ -185,8 +185,8 @@ def quantize(network: nn.Module, name: str) -> nn.Module:
             if isinstance(child, nn.Linear) and _fits(child, name):
                 setattr(parent, key, QUANTIZED[name](child))
     for key in HEADS:
-        if isinstance(child := getattr(network, key, None), nn.Linear):
-            setattr(network, key, HalfLinear(child))
+        if isinstance(head := getattr(network, key, None), nn.Linear):
+            setattr(network, key, HalfLinear(head))
     return network
 
 

@@ -71,10 +71,8 @@ def bench_train(config: RunConfig, steps: int = 8, compare_compiled: bool = Fals
     if compare_compiled or config.train.compile:
         _check_compiler()
     objective = OBJECTIVES.load(config.objective)(config)
-    runs = config.folder().parent
-    runs.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="bench-", dir=runs) as folder:
-        trainer = Trainer(replace(config, name=Path(folder).name, train=replace(config.train, compile=False)), objective)
+    with tempfile.TemporaryDirectory(prefix="arimg-bench-") as folder:
+        trainer = Trainer(replace(config, train=replace(config.train, compile=False)), objective, Path(folder))
     for network in trainer.networks.values():
         network.train()
     variants = _variants(trainer, config.train.compile, compare_compiled)

@@ -57,12 +57,12 @@ class Batches:
 
 
 class Trainer:
-    """One run of one objective, resumable at any checkpoint."""
+    """One run of one objective, resumable at any checkpoint of its folder (None = where the config says)."""
 
-    def __init__(self, config: RunConfig, objective: Objective) -> None:
+    def __init__(self, config: RunConfig, objective: Objective, folder: Path | None = None) -> None:
         self.config = config
         self.objective = objective
-        self.folder = config.folder()
+        self.folder = config.folder() if folder is None else folder
         self.folder.mkdir(parents=True, exist_ok=True)
         trackers = check_trackers(config.train.trackers)
         precision = training_precision(config.train.precision, torch.device("cpu" if on_cpu() else "cuda"))
