@@ -9,7 +9,7 @@ import torch
 from arimg.accel.flow import FlowSolver, nearest, posterior, posterior_mean, velocity
 from tests.parity.fixture import Fixture
 
-FINE = 2000     # steps that stand for the exact trajectory
+FINE = 4000     # steps that stand for the exact trajectory
 
 
 @torch.no_grad()
