@@ -149,8 +149,8 @@ def find_decoders(names: Sequence[str], windows: Sequence[int | str],
     raster = [name for name in DECODERS.names() if "raster" in orders_of(DECODERS.load(name))]
     for name in names or sorted(raster, key=lambda name: (name != ORACLE, name)):
         key = second_network(DECODERS.load(name))
-        if key is not None and (key in networks or names):
-            decoders |= _one_step(name, networks)
+        if key is not None:
+            decoders |= _one_step(name, networks) if key in networks or names else {}
             continue
         parameters = inspect.signature(DECODERS.load(name)).parameters
         needed = [key for key, parameter in parameters.items() if parameter.default is parameter.empty

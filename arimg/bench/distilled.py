@@ -88,11 +88,9 @@ def bench_distilled(shapes: Sequence[str], batches: Sequence[int], cfg: float, r
 
 def networks(shape: str, device: torch.device, dtype: torch.dtype) -> tuple[ARTransformer, ARStudent]:
     """A teacher with random weights and its new student, as a pipeline loads them."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        teacher = ARTransformer(ARConfig(**SHAPES[shape]))
-        nn.init.normal_(teacher.output.weight, std=0.02)
-        student = ARStudent.from_teacher(teacher, CHANNELS)
+    teacher = ARTransformer(ARConfig(**SHAPES[shape]))
+    nn.init.normal_(teacher.output.weight, std=0.02)
+    student = ARStudent.from_teacher(teacher, CHANNELS)
     for network in (teacher, student):
         lay_out(network.to(device, dtype).eval())
     return teacher, student
