@@ -44,7 +44,7 @@ PIPELINE_CLASS = "ArimgPipeline"
 
 _WEIGHT_NAMES = (WEIGHTS, "model.safetensors")
 _LIBRARIES = ("arimg", "diffusers", "transformers")        # what an index may name: it is a stranger's file
-_HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.md"]
+_HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.md", "*.onnx", "*.onnx.data", "*.xml", "*.bin"]
 
 
 @dataclass(frozen=True)
@@ -243,6 +243,8 @@ def load_component(folder: str | Path, dtype: torch.dtype | None = None, device:
         raise CheckpointError(f"{folder}: {', '.join(spoilt[:3])} hold NaN or infinity; their training diverged or the "
                               "file was spoilt: take another one")
     load_state(module, state, str(folder))
+    if hasattr(module, "open_graph"):       # a network on another runtime: the rest of it is a graph in the same folder
+        module.open_graph(folder, dtype)
     return module.to(device=device, dtype=dtype).eval()
 
 

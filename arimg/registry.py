@@ -47,6 +47,8 @@ TOKENIZERS = Registry("tokenizer", "arimg.tokenizers", {
     "VQTokenizer": "arimg.tokenizers.vq:VQTokenizer",
     "MultiscaleTokenizer": "arimg.tokenizers.multiscale:MultiscaleTokenizer",
     "KLTokenizer": "arimg.tokenizers.kl:KLTokenizer",
+    "OnnxTokenizer": "arimg.backends.tokenizer:OnnxTokenizer",
+    "OpenvinoTokenizer": "arimg.backends.tokenizer:OpenvinoTokenizer",
 })
 MODELS = Registry("model", "arimg.models", {
     "ARTransformer": "arimg.models.ar:ARTransformer",
@@ -57,6 +59,8 @@ MODELS = Registry("model", "arimg.models", {
     "VARStudent": "arimg.models.var_students:VARStudent",
     "ARGenerator": "arimg.models.generators:ARGenerator",
     "VARGenerator": "arimg.models.generators:VARGenerator",
+    "OnnxTransformer": "arimg.backends.transformer:OnnxTransformer",
+    "OpenvinoTransformer": "arimg.backends.transformer:OpenvinoTransformer",
 })
 CONTROL_MODULES = Registry("control module", "arimg.control_modules", {
     "ControlAdapter": "arimg.control.adapter:ControlAdapter",

@@ -66,6 +66,11 @@ class ARConfig:
             raise ConfigError(f"inject_layers {list(self.inject_layers)}: the layers are 0 to {self.layers - 1}")
 
     @property
+    def prefix_length(self) -> int:
+        """P."""
+        return 1 if self.conditioning == "class" else self.caption_length
+
+    @property
     def head_dim(self) -> int:
         """E."""
         return self.dim // self.heads
@@ -74,6 +79,19 @@ class ARConfig:
     def key_heads(self) -> int:
         """G."""
         return self.heads if self.kv_heads is None else self.kv_heads
+
+
+def rotary_table(config: ARConfig, grid: tuple[int, int], device: torch.device | None = None) -> Tensor:
+    """table_SF2 of the prefix and the h*w cells, float32. Raises InputError when the grid is too large."""
+    height, width = grid
+    if config.rope_grid == "table":
+        if height * width > config.block_size:
+            raise InputError(f"grid {height}x{width} has {height * width} tokens: this model's rotary table ends "
+                             f"at {config.block_size}; choose a smaller size")
+        width = isqrt(config.block_size)
+    cells_L = torch.arange(grid[0] * grid[1], device=device)
+    return rotary_table_2d(cells_L, width, config.head_dim, config.rope_base, config.prefix_length,
+                           identity=config.rope_prefix == "identity")
 
 
 class ClassEmbedding(nn.Module):
@@ -161,7 +179,7 @@ class ARTransformer(nn.Module):
         self.extent_step = EXTENT_STEP
         self._compiled: Callable[[Tensor, Window, Tensor | None], Tensor] | None = None
         self.vocab_size = config.vocab_size
-        self.prefix_length = 1 if config.conditioning == "class" else config.caption_length
+        self.prefix_length = config.prefix_length
         self.inject_points = len(config.inject_layers)
         embedding = ClassEmbedding if config.conditioning == "class" else CaptionEmbedding
         self.cls_embedding: ClassEmbedding | CaptionEmbedding = embedding(config)
@@ -200,16 +218,8 @@ class ARTransformer(nn.Module):
         return self.drop(condition, torch.ones(condition.rows, dtype=torch.bool, device=self.norm.weight.device))
 
     def rotary_table(self, grid: tuple[int, int]) -> Tensor:
-        """table_SF2 of the prefix and the h*w cells, float32. Raises InputError when the grid is too large."""
-        config, (height, width) = self.config, grid
-        if config.rope_grid == "table":
-            if height * width > config.block_size:
-                raise InputError(f"grid {height}x{width} has {height * width} tokens: this model's rotary table ends "
-                                 f"at {config.block_size}; choose a smaller size")
-            width = isqrt(config.block_size)
-        cells_L = torch.arange(grid[0] * grid[1], device=self.norm.weight.device)
-        return rotary_table_2d(cells_L, width, config.head_dim, config.rope_base, self.prefix_length,
-                               identity=config.rope_prefix == "identity")
+        """See the function of that name."""
+        return rotary_table(self.config, grid, self.norm.weight.device)
 
     def new_cache(self, rows: int, length: int, grid: tuple[int, int], prefix_mask_RP: Tensor | None = None,
                   store: bool = True, scratch: int = 0) -> Cache | SequenceCache:
@@ -235,6 +245,14 @@ class ARTransformer(nn.Module):
     def prefix(self, condition: Condition) -> Tensor:
         """x_RPD: the class row or the caption rows."""
         return self.tok_dropout(self.cls_embedding(condition))
+
+    @torch.no_grad()
+    def embedding_table(self) -> Tensor:
+        """x_VD: what `embed` gives for each code, without dropout, float32."""
+        table_VD = self.tok_embeddings.weight.float()
+        if self.config.codebook_dim is not None:
+            table_VD = table_VD + F.linear(self.codebook.float(), self.codebook_in.weight.float())
+        return table_VD
 
     def embed(self, codes_RW: Tensor, slots_RW: Tensor) -> Tensor:
         """x_RWD of int64 codes; positions enter by the rotary table, so `slots_RW` does not matter here."""

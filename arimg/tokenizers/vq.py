@@ -41,6 +41,11 @@ class VQConfig:
                               f"{len(self.multipliers)} levels; give as many")
         check_widths(self.base_channels, [*self.multipliers, *(self.decoder_multipliers or ())])
 
+    @property
+    def stride(self) -> int:
+        """Pixels per token side."""
+        return self.patch_size * 2 ** (len(self.multipliers) - 1)
+
 
 @dataclass(frozen=True)
 class VQLosses:
@@ -96,6 +101,10 @@ class VectorQuantizer(nn.Module):
     def codebook(self) -> Tensor:
         """codebook_VC as it is looked up."""
         return self.normalise(self.embedding.weight)
+
+    def lookup(self, codes_BL: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Quantised latents (B, C, h, w) of raster codes."""
+        return F.embedding(codes_BL, self.codebook()).unflatten(1, grid).movedim(-1, 1)
 
     def losses(self, z_NC: Tensor, quantised_NC: Tensor) -> VQLosses:
         """Quantiser losses for normalised latents and the codes they fell on."""
@@ -173,7 +182,7 @@ class VQTokenizer(nn.Module):
     @property
     def stride(self) -> int:
         """Pixels per token side."""
-        return self.config.patch_size * 2 ** (len(self.config.multipliers) - 1)
+        return self.config.stride
 
     @property
     def vocab_size(self) -> int:
@@ -195,7 +204,7 @@ class VQTokenizer(nn.Module):
 
     def lookup(self, codes_BL: Tensor, grid: tuple[int, int]) -> Tensor:
         """Quantised latents (B, C, h, w) of raster codes."""
-        return F.embedding(codes_BL, self.quantize.codebook()).unflatten(1, grid).movedim(-1, 1)
+        return self.quantize.lookup(codes_BL, grid)
 
     def decode(self, latents_BChw: Tensor) -> Tensor:
         """images_B3HW of quantised latents, unclamped."""

@@ -1,0 +1,156 @@
+"""The networks as graphs: one pass of the transformer, head included, and the decoder of a tokenizer.
+
+A pass reads the keys and values of earlier passes in place and hands back its own; the host writes them into the cache
+(cache.py). Attention is over two parts, the past and the pass itself, whose scores share one softmax, so that no pass
+copies the cache.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from arimg.backends.ops import Array, Ops, Value
+from arimg.models.ar import ARTransformer, Block
+from arimg.tokenizers.convnet import AttnBlock, Level, ResBlock
+from arimg.tokenizers.vq import VQTokenizer
+
+
+def array(tensor: Tensor) -> Array:
+    """float32."""
+    values: Array = tensor.detach().float().cpu().numpy()
+    return values
+
+
+def step_graph(ops: Ops, network: ARTransformer) -> None:
+    """Inputs x_RWD, cos_RWF and sin_RWF, bias_R11WN (0, or very negative where unseen; N = S past slots, then W), cut
+    (S, W), per layer key_i and value_i (R, G, 1, S, E), inject_k (R, W, D). Outputs logits_RWV, and fresh: keys and
+    values (2 * layers * R, G, 1, W, E), the keys of layer 0 first."""
+    config = network.config
+    x_RWD = ops.input("x", (-1, -1, config.dim))
+    turn = [ops.input(name, (-1, -1, config.head_dim // 2)) for name in ("cos", "sin")]
+    bias = ops.input("bias", (-1, 1, 1, -1, -1))
+    cut = ops.input("cut", (2,), integer=True)
+    injects = [ops.input(f"inject_{k}", (-1, -1, config.dim)) for k in range(network.inject_points)]
+    fresh: list[Value] = []
+    for index, block in enumerate(network.layers):
+        assert isinstance(block, Block)
+        for k, place in enumerate(config.inject_layers):
+            if place == index:
+                x_RWD = ops.add(x_RWD, injects[k])
+        past = [ops.input(f"{name}_{index}", (-1, config.key_heads, 1, -1, config.head_dim))
+                for name in ("key", "value")]
+        normed = ops.rms_norm(x_RWD, array(block.attention_norm.weight), config.norm_eps)
+        out, own = _attention(ops, block, normed, turn, past, bias, cut)
+        x_RWD = ops.add(x_RWD, out)
+        fresh += own
+        x_RWD = ops.add(x_RWD, _feed_forward(ops, block, x_RWD, config.norm_eps, config.ffn_hidden))
+    ops.output("fresh", ops.concat(fresh, 0))
+    normed = ops.rms_norm(x_RWD, array(network.norm.weight), config.norm_eps)
+    ops.output("logits", ops.linear(normed, array(head_weight(network))))
+
+
+def _attention(ops: Ops, block: Block, x_RWD: Value, turn: list[Value], past: list[Value], bias: Value,
+               cut: Value) -> tuple[Value, list[Value]]:
+    """out_RWD, and the pass's own keys and values (R, G, 1, W, E)."""
+    attention = block.attention
+    queries, groups, width = attention.heads, attention.kv_heads, attention.head_dim
+    qk, v = ops.split(ops.linear(x_RWD, _projection(block)), ((queries + groups) * width, groups * width), 2)
+    q, k = ops.split(ops.rotate(qk, queries + groups, *turn), (queries * width, groups * width), 2)
+    q_RGHWE, k_RG1WE, v_RG1WE = (
+        ops.transpose(ops.reshape(part, (0, 0, groups, -1, width)), (0, 2, 3, 1, 4)) for part in (q, k, v))
+    scores = ops.concat([ops.matmul(q_RGHWE, keys, transpose_b=True) for keys in (past[0], k_RG1WE)], -1)
+    before, own = ops.split(ops.softmax(ops.add(scores, bias)), cut, 4)
+    out = ops.add(ops.matmul(before, past[1]), ops.matmul(own, v_RG1WE))
+    joined_RWD = ops.reshape(ops.transpose(out, (0, 3, 1, 2, 4)), (0, 0, queries * width))
+    return ops.linear(joined_RWD, array(attention.wo.weight)), [k_RG1WE, v_RG1WE]
+
+
+def _projection(block: Block) -> Array:
+    """The fused projection with the pairs of queries and keys laid out as halves, (2i, 2i+1) -> (i, E/2 + i), and the
+    queries divided by sqrt(E)."""
+    attention = block.attention
+    weight_NED = attention.wqkv.weight.detach().float().unflatten(0, (-1, attention.head_dim))
+    turned = attention.heads + attention.kv_heads
+    halves_NED = torch.cat([weight_NED[:turned, 0::2], weight_NED[:turned, 1::2]], dim=1)
+    halves_NED[:attention.heads] *= attention.head_dim ** -0.5
+    return array(torch.cat([halves_NED, weight_NED[turned:]]).flatten(0, 1))
+
+
+def _feed_forward(ops: Ops, block: Block, x_RWD: Value, eps: float, hidden: int) -> Value:
+    ffn = block.feed_forward
+    both = np.concatenate([array(ffn.w1.weight), array(ffn.w3.weight)])
+    gate, up = ops.split(ops.linear(ops.rms_norm(x_RWD, array(block.ffn_norm.weight), eps), both), (hidden, hidden), 2)
+    return ops.linear(ops.multiply(ops.silu(gate), up), array(ffn.w2.weight))
+
+
+def head_weight(network: ARTransformer) -> Tensor:
+    """(V, D): head, plus scale * codebook P where it is tied to a codebook."""
+    weight_VD = network.output.weight.detach().float()
+    if network.config.codebook_dim is not None:
+        tied_VD = network.codebook.float() @ network.codebook_out.weight.detach().float()
+        weight_VD = weight_VD + network.codebook_scale.detach().float() * tied_VD
+    return weight_VD
+
+
+def decoder_graph(ops: Ops, tokenizer: VQTokenizer) -> None:
+    """Input latents_BChw, output images_B3HW."""
+    decoder = tokenizer.decoder
+    h = _conv(ops, ops.input("latents", (-1, tokenizer.config.codebook_dim, -1, -1)), tokenizer.post_quant_conv)
+    h = _conv(ops, h, decoder.conv_in)
+    for part in (*decoder.mid, *decoder.conv_blocks):
+        h = _level(ops, h, part) if isinstance(part, Level) else _block(ops, h, part)
+    h = _conv(ops, ops.silu(_norm(ops, h, decoder.norm_out)), decoder.conv_out)
+    if tokenizer.config.patch_size > 1:
+        h = ops.pixel_shuffle(h, tokenizer.config.patch_size)
+    ops.output("images", h)
+
+
+def _level(ops: Ops, h: Value, level: Level) -> Value:
+    for index, block in enumerate(level.res):
+        h = _block(ops, h, block)
+        if len(level.attn):
+            h = _block(ops, h, level.attn[index])
+    if hasattr(level, "upsample"):
+        h = _conv(ops, ops.upsample(h), level.upsample.conv)
+    return h
+
+
+def _block(ops: Ops, x_BCHW: Value, block: nn.Module) -> Value:
+    if isinstance(block, AttnBlock):
+        return _pixel_attention(ops, x_BCHW, block)
+    assert isinstance(block, ResBlock), type(block)
+    h = _conv(ops, ops.silu(_norm(ops, x_BCHW, block.norm1)), block.conv1)
+    h = _conv(ops, ops.silu(_norm(ops, h, block.norm2)), block.conv2)
+    return ops.add(h, _conv(ops, x_BCHW, block.nin_shortcut) if hasattr(block, "nin_shortcut") else x_BCHW)
+
+
+def _pixel_attention(ops: Ops, x_BCHW: Value, block: AttnBlock) -> Value:
+    h = _norm(ops, x_BCHW, block.norm)
+    channels = block.q.out_channels
+    q_BCN, k_BCN, v_BCN = (ops.reshape(_conv(ops, h, layer), (0, 0, -1)) for layer in (block.q, block.k, block.v))
+    scale = ops.constant(np.float32(channels ** -0.5))
+    weights = ops.softmax(ops.multiply(ops.matmul(ops.transpose(q_BCN, (0, 2, 1)), k_BCN), scale))
+    out_BCN = ops.transpose(ops.matmul(weights, ops.transpose(v_BCN, (0, 2, 1))), (0, 2, 1))
+    return ops.add(x_BCHW, _conv(ops, ops.like(out_BCN, x_BCHW), block.proj_out))
+
+
+def _conv(ops: Ops, x: Value, conv: nn.Conv2d) -> Value:
+    assert conv.bias is not None and conv.stride == (1, 1) and conv.padding[0] == conv.kernel_size[0] // 2
+    return ops.conv(x, array(conv.weight), array(conv.bias))
+
+
+def _norm(ops: Ops, x: Value, norm: nn.GroupNorm) -> Value:
+    return ops.group_norm(x, norm.num_groups, array(norm.weight), array(norm.bias), norm.eps)
+
+
+def new_ops(runtime: str, weights: str = "float32") -> Any:
+    """Of a runtime that `check_runtime` let through."""
+    if runtime == "onnx":
+        from arimg.backends.onnx_ops import OnnxOps
+        return OnnxOps(weights)
+    from arimg.backends.openvino_ops import OpenvinoOps
+    return OpenvinoOps(weights)
