@@ -245,6 +245,7 @@ def load_component(folder: str | Path, dtype: torch.dtype | None = None, device:
     load_state(module, state, str(folder))
     if hasattr(module, "open_graph"):       # a network on another runtime: the rest of it is a graph in the same folder
         module.open_graph(folder, dtype)
+        dtype = None
     return module.to(device=device, dtype=dtype).eval()
 
 

@@ -25,6 +25,7 @@ COMMANDS = {
     "eval": "Measure tokenizers, obedience to controls, and sets of pictures.",
     "bench": "Measure speed: training steps and decoders.",
     "convert": "Original checkpoint files into a pipeline folder.",
+    "export": "A model for ONNX Runtime or OpenVINO.",
     "data": "Build data sets.",
     "models": "What is installed, with sources and licences.",
 }

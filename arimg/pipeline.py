@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from arimg import images
-from arimg.accel.audit import audit
+from arimg.accel.audit import audit, teacher_forced
 from arimg.accel.base import (DecodeRequest, DecodeResult, DecodeStats, Guidance, OnStep, Sampling, StepInfo,
                               token_scales)
 from arimg.accel.find import find_decoder, second_network
 from arimg.accel.scale import latent_map
 from arimg.accel.target import Target, branch_scales
+from arimg.backends import EXPORTED
 from arimg.call import CallOptions, call_options, checked_size, image_seeds
 from arimg.checkpoints import SECOND, PipelineSettings, find_model, load_component, read_index, save_pipeline
 from arimg.conditions import ControlMap, condition_of, control_maps, log, repeat_condition, repeat_rows
@@ -74,15 +75,17 @@ class Pipeline:
         """Load an embedded model by its name, a pipeline folder, or a hub id.
 
         `dtype` "auto" is bfloat16 where the device multiplies it fast, else float32; the tokenizer keeps at least
-        float32. `text=False` leaves the text encoder out; captions are then given as `prompt_embeds`. `quantize`
-        "fp16", "int8" or "int4" stores the weights of the transformer's blocks so; such a pipeline is not saved.
+        float32. Of an exported model (arimg/export.py) it is what OpenVINO may multiply in. `text=False` leaves the
+        text encoder out; captions are then given as `prompt_embeds`. `quantize` "fp16", "int8" or "int4" stores the
+        weights of the transformer's blocks so; such a pipeline is not saved.
         `decoders`: names of those whose own networks are loaded, beside the model's own decoder; None = all.
         Raises UnknownNameError, CheckpointError, InputError (device, dtype), MissingExtraError (text encoder).
         """
         check_quantize(quantize)
         folder = find_model(name_or_path, revision, local_files_only)
         index = read_index(folder)
-        place = find_device(device)
+        exported = any(class_name in EXPORTED for _, class_name in index.components.values())
+        place = find_device("cpu" if exported and device == "auto" else device)
         kind = find_dtype(dtype, place)
         for name in ("tokenizer", "transformer"):
             if name not in index.components:
@@ -93,13 +96,14 @@ class Pipeline:
         transformer = load_component(folder / "transformer", kind, place)
         if quantize is not None:
             transformer = quantized(transformer, quantize)
-        tokenizer = load_component(folder / "tokenizer", _at_least_float32(kind), place)
+        tokenizer = load_component(folder / "tokenizer", kind if exported else _at_least_float32(kind), place)
         lay_out(getattr(tokenizer, "decoder", tokenizer))
         wanted = set(index.second_networks)
         if decoders is not None:
             wanted &= {second_network(DECODERS.load(name)) for name in {*decoders, index.settings.decoder}}
+        own_kind = next(transformer.parameters()).dtype         # an exported transformer's is float32
         return cls(tokenizer, lay_out(transformer),
-                   load_component(folder / "control", kind, place) if "control" in index.components else None,
+                   load_component(folder / "control", own_kind, place) if "control" in index.components else None,
                    encoder, index.settings,
                    {name: load_component(folder / SECOND / name, kind, place) for name in sorted(wanted)})
 
@@ -167,7 +171,7 @@ class Pipeline:
         if call.output_type != "latent":
             pictures = _pictures(self._painted(result, latents_BChw), call.output_type)
         clock.lap("pixels")
-        extra = {**result.stats.extra, "guarantee": decoder.guarantee}
+        extra = {**result.stats.extra, "guarantee": _promise(decoder, self.transformer)}
         if call.audit:
             if result.codes_BL is None:
                 raise InputError("audit: these tokens are continuous, and only codes are scored; leave it out")
@@ -177,6 +181,19 @@ class Pipeline:
         output = PipelineOutput(pictures, result.codes_BL, latents_BChw, stats, tuple(one.maps_R3HW for one in maps),
                                 tuple(request.seeds_B.tolist()))
         return output if call.return_dict else (output.images,)
+
+    @torch.no_grad()
+    def nll(self, codes: Any, **options: Any) -> Tensor:
+        """nll_BL in nats: minus the log probability of each of the codes (L) or (B, L), given those before it, in a
+        call with these options. Guidance, temperature and filters count; cfg=1 asks for the model's own law. Raises
+        InputError as a call does."""
+        request, _ = self._request(call_options(options, self.settings))
+        codes_BL = self._given_codes("codes", codes, (len(request.seeds_B), request.length))
+        if codes_BL is None or int(codes_BL.min()) < 0:
+            raise InputError("nll: give a code for every token")
+        p_BL = [p_BWV.gather(-1, codes_BL.gather(1, positions_BW)[..., None])[..., 0]
+                for positions_BW, p_BWV in teacher_forced(self.transformer, request, codes_BL)]
+        return -torch.cat(p_BL, dim=1).log()
 
     def _request(self, call: CallOptions) -> tuple[DecodeRequest, list[ControlMap]]:
         """What is to be decoded, and the control maps it was made from."""
@@ -279,6 +296,13 @@ class Pipeline:
                 ours(info)
             theirs(self, info.forward_pass - 1, info.fixed_tokens, {"codes": info.codes_BL})
         return both
+
+
+def _promise(decoder: Any, transformer: Any) -> str:
+    """What the decoder promises; where the network rounds its activations, codes are the same only nearly."""
+    promise: str = decoder.guarantee
+    rounded = not getattr(transformer, "exact", True)
+    return "tolerance" if rounded and promise == "same-codes" else promise
 
 
 def _latents(result: DecodeResult, request: DecodeRequest) -> Tensor:

@@ -27,7 +27,7 @@ LAYERS: tuple[tuple[frozenset[str], ...], ...] = (
     (frozenset({"features"}),),
     (frozenset({"models"}), frozenset({"tokenizers"}), frozenset({"control"})),
     (frozenset({"checkpoints", "interop"}), frozenset({"accel"}), frozenset({"backends"})),
-    (frozenset({"pipeline", "hub", "call", "conditions", "fit", "trace"}),),
+    (frozenset({"pipeline", "hub", "call", "conditions", "fit", "trace", "export"}),),
     (frozenset({"evals"}),),
     (frozenset({"train"}),),
     (frozenset({"bench"}),),
@@ -36,7 +36,7 @@ LAYERS: tuple[tuple[frozenset[str], ...], ...] = (
 WITHOUT_TORCH = ("errors", "registry", "config", "presets", "cli")
 # Optional or slow to import: inside functions only, but for the files named here.
 LAZY = {"cv2": (), "timm": (), "transformers": (), "diffusers": ("hub.py", "train/loop.py"),
-        "h5py": (), "resvg_py": (), "xformers": ()}
+        "h5py": (), "onnx": (), "onnxruntime": (), "openvino": (), "resvg_py": (), "xformers": ()}
 RANDOM = {"rand", "randn", "randint", "randperm", "multinomial", "bernoulli", "normal",
           "rand_like", "randn_like", "randint_like"}
 GLOBAL_SWITCHES = {"set_default_dtype", "set_default_device", "set_default_tensor_type",

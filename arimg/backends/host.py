@@ -30,15 +30,21 @@ class Exported(nn.Module):
         and CheckpointError."""
         self._graph = load_graph(self.runtime, folder, self.graph_name, dtype or torch.float32)
 
+    @property
+    def exact(self) -> bool:
+        """See Graph."""
+        return self._graph is None or self._graph.exact
+
     def run(self, inputs: Mapping[str, Array]) -> list[Array]:
         """The outputs of the graph."""
         assert self._graph is not None, "open_graph comes first"
         return self._graph(inputs)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Exported":
-        if fn(torch.empty(0)).device.type not in ("cpu", "meta"):
-            raise InputError("an exported model runs on the CPU; load it with device cpu (--device cpu), or take the "
-                             "model that it was exported from")
+        trial = fn(torch.empty(0))
+        if trial.device.type != "cpu" or trial.dtype != torch.float32:
+            raise InputError(f"an exported model runs in float32 on the CPU, not in {trial.dtype} on "
+                             f"{trial.device.type}; take the model that it was exported from")
         return self
 
     def save_pretrained(self, folder: str | Path) -> None:

@@ -155,4 +155,5 @@ class OnnxOps:
         graph = helper.make_graph(self._nodes, path.stem, self._inputs, self._outputs, self._tensors)
         model = helper.make_model(graph, ir_version=_IR_VERSION, producer_name="arimg", opset_imports=[
             helper.make_opsetid("", OPSET), helper.make_opsetid(_OWN, 1)])
+        helper.set_model_props(model, {"weights": "int8" if self._int8 else "float32"})
         onnx.save_model(model, str(path), save_as_external_data=True, location=f"{path.name}.data")

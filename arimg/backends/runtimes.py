@@ -13,7 +13,13 @@ from arimg.errors import CheckpointError
 
 
 class Graph(Protocol):
-    """A loaded graph, on as many threads as torch computes on when it is loaded."""
+    """A loaded graph, on as many threads as torch computes on when it is loaded.
+
+    `exact`: whether activations are never rounded below float32. Where they are, sums in another order end in other
+    roundings, so that a pass over many positions gives other laws than passes over one each.
+    """
+
+    exact: bool
 
     def __call__(self, inputs: Mapping[str, Array]) -> list[Array]:
         """All outputs, in the order of the graph; they are the caller's own."""
@@ -39,6 +45,7 @@ class OnnxGraph:
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3          # errors
         self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        self.exact = self._session.get_modelmeta().custom_metadata_map.get("weights") != "int8"
 
     def __call__(self, inputs: Mapping[str, Array]) -> list[Array]:
         """See Graph."""
@@ -65,6 +72,7 @@ class OpenvinoGraph:
         self._model = core.compile_model(core.read_model(path), "CPU", {
             "INFERENCE_NUM_THREADS": torch.get_num_threads(), "NUM_STREAMS": 1, "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_PRECISION_HINT": precision, "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0})
+        self.exact = precision == "f32"
         self._request = self._model.create_infer_request()
 
     def __call__(self, inputs: Mapping[str, Array]) -> list[Array]:
