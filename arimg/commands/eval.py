@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from arimg.commands.eval_models import all_rows, control, imagenet, tokenizer
+from arimg.commands.eval_nll import nll
 from arimg.commands.eval_sets import compare, fid, reference
 
 
@@ -18,5 +19,5 @@ def command() -> None:
     """
 
 
-for one in (tokenizer, control, imagenet, all_rows, fid, reference, compare):
+for one in (tokenizer, control, imagenet, all_rows, nll, fid, reference, compare):
     command.add_command(one)
