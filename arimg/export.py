@@ -21,12 +21,13 @@ from arimg.tokenizers.vq import VQTokenizer
 
 
 def export_pipeline(model: str | Path, runtime: str, weights: str, folder: str | Path,
+                    keep_tokenizer: bool = False,
                     notify: Callable[[str], None] = lambda line: None) -> Path:
     """Write `model` (an embedded model, a pipeline folder or a hub id) for a runtime, or nothing; an older pipeline
     folder of that name is replaced.
 
-    `weights` float32 or int8 is how the graph of the transformer stores its matrices. `notify` is told what is going
-    on. Raises UnknownNameError, MissingExtraError, CheckpointError, and InputError for networks without a graph.
+    `weights` float32, int8 or int4 is how the graph of the transformer stores its matrices. `keep_tokenizer` copies the
+    tokenizer as it is. `notify` is told what is going on. Raises UnknownNameError, MissingExtraError, CheckpointError, and InputError for networks without a graph.
     """
     check_runtime(runtime)
     if weights not in WEIGHTS:
@@ -39,7 +40,7 @@ def export_pipeline(model: str | Path, runtime: str, weights: str, folder: str |
     with staged_folder(folder, INDEX) as stage:
         for name, (library, class_name) in index.components.items():
             notify(f"{name}: {class_name}")
-            if name in ("transformer", "tokenizer"):
+            if name == "transformer" or name == "tokenizer" and not keep_tokenizer:
                 network = load_component(source / name)
                 exported = export_component(network, runtime, weights, stage / name)
                 components[name] = ("arimg.hub", exported)

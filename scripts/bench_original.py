@@ -5,9 +5,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import tempfile
+from pathlib import Path
 
 import torch
 
+from arimg.bench.exported import bench_painting, exported_sides, quantised_side
 from arimg.bench.original import ar_pair, load_llamagen, vq_pair
 from arimg.bench.original_mar import bench_generation, load_mar, mar_pair
 from arimg.bench.side_by_side import bench_decoding, bench_pixels, bench_training, to_markdown
@@ -23,6 +26,7 @@ def main() -> None:
     whose.add_argument("--mar", metavar="PATH", help="a checkout of LTH14/mar: four of the --steps of MAR-B")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--train", action="store_true", help="training steps instead of decoding")
+    what.add_argument("--paint", action="store_true", help="a whole picture, codes and pixels, instead of decoding")
     what.add_argument("--pixels", action="store_true", help="codes to pixels by VQ-16 instead of decoding")
     parser.add_argument("--preset", default="B", choices=sorted(AR_PRESETS))
     parser.add_argument("--layers", type=int, help="fewer layers than the preset has")
@@ -32,6 +36,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=64, help="of generation by MAR [default: 64]")
     parser.add_argument("--cfg", type=float, default=2.0, help="of decoding [default: 2]")
     parser.add_argument("--quantize", nargs="*", default=[], metavar="int8|int4", help="of our weights, for decoding")
+    parser.add_argument("--export", nargs="*", default=[], metavar="onnx|openvino", help="with --paint: our networks on "
+                        "these runtimes as well")
+    parser.add_argument("--weights", nargs="*", default=["int8"], metavar="float32|int8", help="of the exported "
+                        "transformers [default: int8]")
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--threads", type=int, help="[default: torch's]")
     arguments = parser.parse_args()
@@ -49,7 +57,16 @@ def main() -> None:
     else:
         dtype = torch.bfloat16 if arguments.bf16 and not arguments.train else torch.float32
         pair = ar_pair(original, dtype, dim=preset.dim, n_layer=arguments.layers or preset.layers, n_head=preset.heads)
-        if arguments.train:
+        if arguments.paint:
+            pixels = vq_pair(original, VQConfig())
+            with tempfile.TemporaryDirectory() as folder:
+                others = {}
+                for name in arguments.quantize:
+                    others |= quantised_side(pair, pixels, name)
+                for name in arguments.export:
+                    others |= exported_sides(pair, pixels, name, Path(folder) / name, arguments.weights)
+                report = bench_painting(pair, pixels, arguments.tokens, arguments.cfg, arguments.turns, others)
+        elif arguments.train:
             report = bench_training(pair, arguments.batch, arguments.turns, arguments.bf16)
         else:
             report = bench_decoding(pair, arguments.tokens, arguments.cfg, arguments.turns, arguments.quantize)

@@ -50,7 +50,7 @@ def step_graph(ops: Ops, network: ARTransformer) -> None:
         x_RWD = ops.add(x_RWD, _feed_forward(ops, block, x_RWD, config.norm_eps, config.ffn_hidden))
     ops.output("fresh", ops.concat(fresh, 0))
     normed = ops.rms_norm(x_RWD, array(network.norm.weight), config.norm_eps)
-    ops.output("logits", ops.linear(normed, array(head_weight(network))))
+    ops.output("logits", ops.linear(normed, array(head_weight(network)), fine=True))
 
 
 def _attention(ops: Ops, block: Block, x_RWD: Value, turn: list[Value], past: list[Value], bias: Value,

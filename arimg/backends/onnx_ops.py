@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from arimg.backends.ops import Array, int8_rows
+from arimg.backends.ops import GROUP, Array, int4_rows, int8_rows, packed
 
 OPSET = 23
 _IR_VERSION = 11
 BLOCK = 128             # inputs that share a scale: the fastest of 16 ... 256 with AVX2 (docs/export.md)
-_INT8_PRODUCTS = 4      # MatMulNBits' accuracy_level: activations in 8 bits too, row by row and block by block
+_INT8_PRODUCTS = 4      # MatMulNBits' accuracy_level: activations in 8 bits, row by row and block by block
 _OWN = "com.microsoft"
 
 
@@ -21,7 +21,7 @@ class OnnxOps:
     """See Ops."""
 
     def __init__(self, weights: str) -> None:
-        self._int8 = weights == "int8"
+        self._weights = weights
         self._nodes: list[Any] = []
         self._tensors: list[Any] = []
         self._inputs: list[Any] = []
@@ -68,15 +68,20 @@ class OnnxOps:
         self._tensors.append(numpy_helper.from_array(np.ascontiguousarray(values), name))
         return name
 
-    def linear(self, x: str, weight_NK: Array) -> str:
+    def linear(self, x: str, weight_NK: Array, fine: bool = False) -> str:
         """See Ops."""
-        if not self._int8:
+        if self._weights == "float32":
             return self.matmul(x, self.constant(weight_NK.T))
+        if self._weights == "int4" and not fine and weight_NK.shape[1] % GROUP == 0:
+            codes_NGg, zeros_NG, scales_NG = int4_rows(weight_NK)
+            return self._small(x, weight_NK.shape, GROUP, 4, packed(codes_NGg), scales_NG, packed(zeros_NG))
         codes_NGg, scales_NG = int8_rows(weight_NK, BLOCK)
-        stored_NGg = (codes_NGg.astype(np.int16) + 128).astype(np.uint8)
-        rows, columns = weight_NK.shape
-        return self._op("MatMulNBits", x, self.constant(stored_NGg), self.constant(scales_NG), domain=_OWN, N=rows,
-                        K=columns, bits=8, block_size=BLOCK, accuracy_level=_INT8_PRODUCTS)
+        return self._small(x, weight_NK.shape, BLOCK, 8, (codes_NGg.astype(np.int16) + 128).astype(np.uint8), scales_NG)
+
+    def _small(self, x: str, shape: tuple[int, ...], block: int, bits: int, *tensors: Array) -> str:
+        """Codes, scales and, where they are not in the middle of the range, zeros."""
+        return self._op("MatMulNBits", x, *map(self.constant, tensors), domain=_OWN, N=shape[0], K=shape[1], bits=bits,
+                        block_size=block, accuracy_level=_INT8_PRODUCTS)
 
     def rms_norm(self, x: str, weight: Array, eps: float) -> str:
         """See Ops."""
@@ -155,5 +160,5 @@ class OnnxOps:
         graph = helper.make_graph(self._nodes, path.stem, self._inputs, self._outputs, self._tensors)
         model = helper.make_model(graph, ir_version=_IR_VERSION, producer_name="arimg", opset_imports=[
             helper.make_opsetid("", OPSET), helper.make_opsetid(_OWN, 1)])
-        helper.set_model_props(model, {"weights": "int8" if self._int8 else "float32"})
+        helper.set_model_props(model, {"weights": self._weights})
         onnx.save_model(model, str(path), save_as_external_data=True, location=f"{path.name}.data")

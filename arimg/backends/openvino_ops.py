@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from arimg.backends.ops import Array, int8_rows
+from arimg.backends.ops import GROUP, Array, int4_rows, int8_rows, packed
 
 _OPSET = "openvino.opset15"
 
@@ -19,7 +19,7 @@ class OpenvinoOps:
     def __init__(self, weights: str) -> None:
         from importlib import import_module
 
-        self._int8 = weights == "int8"
+        self._weights = weights
         self._o = import_module(_OPSET)
         self._inputs: list[Any] = []
         self._outputs: list[Any] = []
@@ -42,14 +42,30 @@ class OpenvinoOps:
         """See Ops."""
         return self._o.constant(np.ascontiguousarray(values))
 
-    def linear(self, x: Any, weight_NK: Array) -> Any:
+    def linear(self, x: Any, weight_NK: Array, fine: bool = False) -> Any:
         """See Ops."""
-        weight = self.constant(weight_NK)
-        if self._int8:
-            codes_N1K, scales_N1 = int8_rows(weight_NK)
-            codes_NK = self._o.convert(self.constant(codes_N1K[:, 0]), "f32")
-            weight = self._o.multiply(codes_NK, self.constant(scales_N1))
-        return self._o.matmul(x, weight, False, True)
+        return self._o.matmul(x, self._stored(weight_NK, fine), False, True)
+
+    def _stored(self, weight_NK: Array, fine: bool) -> Any:
+        """The matrix, computed from its codes."""
+        o = self._o
+        if self._weights == "float32":
+            return self.constant(weight_NK)
+        if self._weights == "int4" and not fine and weight_NK.shape[1] % GROUP == 0:
+            codes_NGg, zeros_NG, scales_NG = int4_rows(weight_NK)
+            centred_NGg = o.subtract(self._nibbles(codes_NGg), self._nibbles(zeros_NG[..., None]))
+            weight_NGg = o.multiply(centred_NGg, self.constant(scales_NG[..., None]))
+            return o.reshape(weight_NGg, o.constant(list(weight_NK.shape)), False)
+        codes_N1K, scales_N1 = int8_rows(weight_NK)
+        return o.multiply(o.convert(self.constant(codes_N1K[:, 0]), "f32"), self.constant(scales_N1))
+
+    def _nibbles(self, codes: Array) -> Any:
+        """float32 of codes in 4 bits each."""
+        import openvino
+
+        flat = packed(codes.reshape(1, -1))[0]
+        tensor = openvino.Tensor(flat, openvino.Shape(list(codes.shape)), openvino.Type.u4)
+        return self._o.convert(openvino.op.Constant(tensor, shared_memory=False), "f32")
 
     def rms_norm(self, x: Any, weight: Array, eps: float) -> Any:
         """See Ops."""

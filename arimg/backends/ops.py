@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from arimg.errors import MissingExtraError, UnknownNameError
 
 RUNTIMES = ("onnx", "openvino")
-WEIGHTS = ("float32", "int8")
+WEIGHTS = ("float32", "int8", "int4")
+GROUP = 64              # inputs that share a scale in int4
 _PACKAGES = {"onnx": ("onnxruntime", "onnx"), "openvino": ("openvino",)}
 
 Array = NDArray[Any]
@@ -36,8 +37,8 @@ class Ops(Protocol):
     def constant(self, values: Array) -> Value:
         """Weights that stay as they are."""
 
-    def linear(self, x: Value, weight_NK: Array) -> Value:
-        """x W^T, (..., K) to (..., N), with the weights stored as the graph was told to."""
+    def linear(self, x: Value, weight_NK: Array, fine: bool = False) -> Value:
+        """x W^T, (..., K) to (..., N), with the weights stored as the graph was told to; `fine`: in 8 bits at least."""
 
     def rms_norm(self, x: Value, weight: Array, eps: float) -> Value:
         """Over the last axis."""
@@ -101,6 +102,25 @@ def int8_rows(weight_NK: Array, block: int | None = None) -> tuple[Array, Array]
     scales_NG = np.maximum(np.abs(weight_NGg).max(-1), 1e-12) / np.float32(127)
     codes_NGg = np.clip(np.round(weight_NGg / scales_NG[..., None]), -127, 127)
     return codes_NGg.astype(np.int8), scales_NG.astype(np.float32)
+
+
+def int4_rows(weight_NK: Array) -> tuple[Array, Array, Array]:
+    """(codes_NGg and zeros_NG in 0 .. 15, uint8, scales_NG float32): w = scale * (code - zero), asymmetric, a scale and
+    a zero per GROUP inputs, of which K must be a multiple."""
+    rows, _ = weight_NK.shape
+    weight_NGg = weight_NK.astype(np.float32).reshape(rows, -1, GROUP)
+    low_NG, high_NG = np.minimum(weight_NGg.min(-1), 0), np.maximum(weight_NGg.max(-1), 0)
+    scales_NG = np.maximum(high_NG - low_NG, 1e-12) / np.float32(15)
+    zeros_NG = np.round(-low_NG / scales_NG)
+    codes_NGg = np.clip(np.round(weight_NGg / scales_NG[..., None]) + zeros_NG[..., None], 0, 15)
+    return codes_NGg.astype(np.uint8), zeros_NG.astype(np.uint8), scales_NG.astype(np.float32)
+
+
+def packed(codes: Array) -> Array:
+    """Two 4-bit codes of the last axis in one byte, the first in the low half; an odd end is filled up with 0."""
+    codes = np.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, codes.shape[-1] % 2)])
+    both: Array = codes[..., 0::2] | codes[..., 1::2] << 4
+    return both
 
 
 def check_runtime(runtime: str) -> None:

@@ -45,7 +45,7 @@ class OnnxGraph:
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3          # errors
         self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        self.exact = self._session.get_modelmeta().custom_metadata_map.get("weights") != "int8"
+        self.exact = self._session.get_modelmeta().custom_metadata_map.get("weights") == "float32"
 
     def __call__(self, inputs: Mapping[str, Array]) -> list[Array]:
         """See Graph."""

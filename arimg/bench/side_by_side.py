@@ -192,4 +192,4 @@ def to_markdown(comparison: Comparison) -> str:
         markdown_table(header, rows),
         "By processor time " + ", ".join(f"{name} is {ratio:.2f} times as fast as the original"
                                          for name, ratio in comparison.ratios.items()) + ".",
-        *[operator_table(f"operator of {side.name}", side.operators) for side in comparison.sides]])
+        *[operator_table(f"operator of {side.name}", side.operators) for side in comparison.sides if side.operators]])

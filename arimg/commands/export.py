@@ -10,11 +10,13 @@ import click
 @click.option("--model", default="emoji", show_default=True, help="An embedded model, a pipeline folder or a hub id.")
 @click.option("--runtime", required=True, metavar="onnx|openvino", help="What runs the networks; both need: pip install "
               "'arimg[export]'.")
-@click.option("--weights", default="float32", show_default=True, metavar="float32|int8", help="How the transformer's "
-              "matrices are stored. int8 on openvino keeps activations in float32; on onnx they are 8 bits too, which "
-              "is faster, but jacobi then draws other codes than ar.")
+@click.option("--weights", default="float32", show_default=True, metavar="float32|int8|int4", help="How the transformer's "
+              "matrices are stored. openvino keeps activations in float32; onnx rounds those of int8 and int4 to 8 bits, "
+              "which is faster, but jacobi then draws other codes than ar.")
+@click.option("--keep-tokenizer", is_flag=True, help="Leave the tokenizer to torch, which paints faster than both "
+              "runtimes on a CPU without bfloat16 units.")
 @click.option("-o", "--output", required=True, metavar="DIR", help="The pipeline folder to write.")
-def command(model: str, runtime: str, weights: str, output: str) -> None:
+def command(model: str, runtime: str, weights: str, keep_tokenizer: bool, output: str) -> None:
     """Write a model for ONNX Runtime or OpenVINO, for faster pictures on a CPU.
 
     Prints the folder, which is a model like any other: give it to arimg sample --model, or to Pipeline.from_pretrained.
@@ -23,5 +25,6 @@ def command(model: str, runtime: str, weights: str, output: str) -> None:
     """
     from arimg.export import export_pipeline
 
-    folder = export_pipeline(model, runtime, weights, output, notify=lambda line: click.echo(f"arimg: {line}", err=True))
+    folder = export_pipeline(model, runtime, weights, output, keep_tokenizer,
+                             notify=lambda line: click.echo(f"arimg: {line}", err=True))
     click.echo(folder)

@@ -1,0 +1,83 @@
+"""A whole picture, codes and then pixels, side by side with the original: our networks as they are, quantised and
+exported."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from arimg.bench.machine import ReadClock, describe
+from arimg.bench.original import ARPair, VQPair
+from arimg.bench.side_by_side import CPU, OURS, THEIRS, Comparison, Phases, Side, compare
+from arimg.checkpoints import load_component
+from arimg.export import export_component
+from arimg.models.ar import ARTransformer
+from arimg.quantize import quantize
+
+CLASS_ID = 7
+
+
+def exported_sides(codes: ARPair, pixels: VQPair, runtime: str, folder: Path,
+                   formats: Sequence[str] = ("int8",)) -> dict[str, tuple[ARPair, VQPair]]:
+    """The networks of both pairs on a runtime, once for each form of the transformer's weights. The graphs are written
+    below `folder`, which must last as long as the networks."""
+    export_component(pixels.ours, runtime, "float32", folder / "tokenizer")
+    painter = replace(pixels, ours=load_component(folder / "tokenizer", torch.float32))
+    sides = {}
+    for name in formats:
+        export_component(codes.ours, runtime, name, folder / name)
+        sides[f"{runtime} {name}"] = replace(codes, ours=load_component(folder / name, torch.float32)), painter
+    return sides
+
+
+def quantised_side(codes: ARPair, pixels: VQPair, name: str) -> dict[str, tuple[ARPair, VQPair]]:
+    """Ours with quantised weights, without extras."""
+    small = cast(ARTransformer, quantize(copy.deepcopy(codes.ours), name))
+    return {f"{OURS} {name}": (replace(codes, ours=small), pixels)}
+
+
+@torch.no_grad()
+def bench_painting(codes: ARPair, pixels: VQPair, tokens: int, cfg: float, turns: int,
+                   others: dict[str, tuple[ARPair, VQPair]]) -> Comparison:
+    """One picture of `tokens` codes: the original, ours in float32, and `others`."""
+    codes.eval()
+    width = int(codes.config.block_size ** 0.5)
+    grid = (tokens // width, width)
+    runs: dict[str, Phases] = {THEIRS: _phases(partial(codes.their_codes, CLASS_ID, tokens, cfg),
+                                               partial(pixels.their_pixels, grid=grid))}
+    for name, (own_codes, own_pixels) in {OURS: (codes, pixels), **others}.items():
+        runs[name] = _phases(partial(own_codes.our_codes, CLASS_ID, tokens, cfg),
+                             partial(own_pixels.our_pixels, grid=grid))
+    codes_BL = codes.their_codes(CLASS_ID, tokens, cfg)
+    images_B3HW = pixels.their_pixels(codes_BL, grid)
+    difference = max(float((images_B3HW - own.our_pixels(codes_BL, grid)).abs().max())
+                     for own in [pixels, *(own for _, own in others.values())])
+    matrices = sum(weight.numel() for block in codes.ours.layers for weight in block.parameters())
+    matrices += codes.ours.output.weight.numel()
+    clock = ReadClock(CPU)
+    laps = compare(runs, [clock.measure], turns)
+    sides = tuple(Side(name, own, tokens * matrices * _bytes(name) / clock.cpu_rate / own["codes"].cpu_seconds, ())
+                  for name, own in laps.items())
+    return Comparison(
+        f"one picture of {tokens} tokens, guidance {cfg:g}, codes and pixels", describe(CPU), turns,
+        f"{matrices / 1e6:.0f} M weights read per token, in 4 bytes each or 1 (int8); reading 1 GiB, per thread: "
+        f"{clock.cpu_rate / 1e9:.1f} GB/s; the share is of the codes' time",
+        f"largest difference of a pixel in [-1, 1] for the same codes: {difference:.1e}", sides)
+
+
+def _phases(draw: Any, paint: Any) -> Phases:
+    drawn: list[torch.Tensor] = []
+
+    def codes() -> None:
+        drawn[:] = [draw()]
+    return {"codes": codes, "pixels": lambda: paint(drawn[0])}
+
+
+def _bytes(name: str) -> int:
+    return 1 if name.endswith("int8") else 4
