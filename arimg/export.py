@@ -20,14 +20,14 @@ from arimg.registry import MODELS, TOKENIZERS
 from arimg.tokenizers.vq import VQTokenizer
 
 
-def export_pipeline(model: str | Path, runtime: str, weights: str, folder: str | Path,
-                    keep_tokenizer: bool = False,
+def export_pipeline(model: str | Path, runtime: str, weights: str, folder: str | Path, keep_tokenizer: bool = False,
                     notify: Callable[[str], None] = lambda line: None) -> Path:
     """Write `model` (an embedded model, a pipeline folder or a hub id) for a runtime, or nothing; an older pipeline
     folder of that name is replaced.
 
     `weights` float32, int8 or int4 is how the graph of the transformer stores its matrices. `keep_tokenizer` copies the
-    tokenizer as it is. `notify` is told what is going on. Raises UnknownNameError, MissingExtraError, CheckpointError, and InputError for networks without a graph.
+    tokenizer as it is. `notify` is told what is going on. Raises UnknownNameError, MissingExtraError, CheckpointError,
+    and InputError for networks without a graph.
     """
     check_runtime(runtime)
     if weights not in WEIGHTS:

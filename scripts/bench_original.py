@@ -36,10 +36,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=64, help="of generation by MAR [default: 64]")
     parser.add_argument("--cfg", type=float, default=2.0, help="of decoding [default: 2]")
     parser.add_argument("--quantize", nargs="*", default=[], metavar="int8|int4", help="of our weights, for decoding")
-    parser.add_argument("--export", nargs="*", default=[], metavar="onnx|openvino", help="with --paint: our networks on "
-                        "these runtimes as well")
-    parser.add_argument("--weights", nargs="*", default=["int8"], metavar="float32|int8", help="of the exported "
-                        "transformers [default: int8]")
+    parser.add_argument("--export", nargs="*", default=[], metavar="onnx|openvino",
+                        help="with --paint: our networks on these runtimes as well")
+    parser.add_argument("--weights", nargs="*", default=["int8"], metavar="float32|int8|int4",
+                        help="of the exported transformers [default: int8]")
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--threads", type=int, help="[default: torch's]")
     arguments = parser.parse_args()

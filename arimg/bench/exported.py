@@ -58,15 +58,15 @@ def bench_painting(codes: ARPair, pixels: VQPair, tokens: int, cfg: float, turns
     images_B3HW = pixels.their_pixels(codes_BL, grid)
     difference = max(float((images_B3HW - own.our_pixels(codes_BL, grid)).abs().max())
                      for own in [pixels, *(own for _, own in others.values())])
-    matrices = sum(weight.numel() for block in codes.ours.layers for weight in block.parameters())
-    matrices += codes.ours.output.weight.numel()
+    blocks = sum(weight.numel() for block in codes.ours.layers for weight in block.parameters())
+    head = codes.ours.output.weight.numel()
     clock = ReadClock(CPU)
     laps = compare(runs, [clock.measure], turns)
-    sides = tuple(Side(name, own, tokens * matrices * _bytes(name) / clock.cpu_rate / own["codes"].cpu_seconds, ())
+    sides = tuple(Side(name, own, tokens * _read(name, blocks, head) / clock.cpu_rate / own["codes"].cpu_seconds, ())
                   for name, own in laps.items())
     return Comparison(
         f"one picture of {tokens} tokens, guidance {cfg:g}, codes and pixels", describe(CPU), turns,
-        f"{matrices / 1e6:.0f} M weights read per token, in 4 bytes each or 1 (int8); reading 1 GiB, per thread: "
+        f"{(blocks + head) / 1e6:.0f} M weights read per token; reading 1 GiB, per thread: "
         f"{clock.cpu_rate / 1e9:.1f} GB/s; the share is of the codes' time",
         f"largest difference of a pixel in [-1, 1] for the same codes: {difference:.1e}", sides)
 
@@ -79,5 +79,9 @@ def _phases(draw: Any, paint: Any) -> Phases:
     return {"codes": codes, "pixels": lambda: paint(drawn[0])}
 
 
-def _bytes(name: str) -> int:
-    return 1 if name.endswith("int8") else 4
+def _read(name: str, blocks: int, head: int) -> float:
+    """Bytes of weights per token; the head of int4 has 8 bits, that of torch's quantised networks the full 32."""
+    form = name.split()[-1]
+    width = {"int8": 1.0, "int4": 0.5}.get(form, 4.0)
+    head_width = 4.0 if name.startswith(OURS) else max(width, 1.0)
+    return blocks * width + head * head_width

@@ -8,11 +8,11 @@ import click
 @click.command("export", epilog="\b\nExample: arimg export --runtime openvino --weights int8 -o emoji-int8\n"
                                 "         arimg sample --model emoji-int8 --control examples/canny.png")
 @click.option("--model", default="emoji", show_default=True, help="An embedded model, a pipeline folder or a hub id.")
-@click.option("--runtime", required=True, metavar="onnx|openvino", help="What runs the networks; both need: pip install "
+@click.option("--runtime", required=True, metavar="onnx|openvino", help="What runs the networks; needs: pip install "
               "'arimg[export]'.")
-@click.option("--weights", default="float32", show_default=True, metavar="float32|int8|int4", help="How the transformer's "
-              "matrices are stored. openvino keeps activations in float32; onnx rounds those of int8 and int4 to 8 bits, "
-              "which is faster, but jacobi then draws other codes than ar.")
+@click.option("--weights", default="float32", show_default=True, metavar="float32|int8|int4", help="How the "
+              "transformer's matrices are stored. openvino keeps activations in float32; onnx rounds those of int8 and "
+              "int4 to 8 bits, which is faster, but jacobi then draws other codes than ar.")
 @click.option("--keep-tokenizer", is_flag=True, help="Leave the tokenizer to torch, which paints faster than both "
               "runtimes on a CPU without bfloat16 units.")
 @click.option("-o", "--output", required=True, metavar="DIR", help="The pipeline folder to write.")

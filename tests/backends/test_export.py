@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from arimg.backends.ops import RUNTIMES, int8_rows
+from arimg.backends.ops import RUNTIMES, int4_rows, int8_rows, packed
 from arimg.backends.transformer import ExportedTransformer
 from arimg.checkpoints import INDEX
 from arimg.errors import CheckpointError, InputError, UnknownNameError
@@ -141,6 +141,28 @@ def test_rows_of_int8() -> None:
     torch.testing.assert_close(theirs.codes_NK.float() * theirs.scale_N.float()[:, None], back_NK, atol=0.05, rtol=0)
     blocks, scales = int8_rows(weight_NK.numpy(), 32)
     assert blocks.shape == (16, 4, 32) and scales.shape == (16, 4) and not blocks[:, 3, 4:].any()
+
+
+@runtimes
+def test_int4_weights_and_a_tokenizer_that_stays(tmp_path: Path, runtime: str) -> None:
+    source = toy_folder(tmp_path / "toy", dim=64, heads=4, control=None, inject_layers=())
+    folder = export_pipeline(source, runtime, "int4", tmp_path / runtime, keep_tokenizer=True)
+    full, small = (Pipeline.from_pretrained(one, dtype="float32") for one in (source, folder))
+    assert type(small.tokenizer) is type(full.tokenizer)
+    codes_BL = torch.arange(32).view(2, 16)
+    change = small.nll(codes_BL, class_name=["cat", "dog"], cfg=1.0).mean() / full.nll(
+        codes_BL, class_name=["cat", "dog"], cfg=1.0).mean() - 1
+    assert 1e-4 < float(change.abs()) < 0.1
+
+
+def test_rows_of_int4() -> None:
+    weight_NK = torch.randn(8, 128, generator=torch.Generator().manual_seed(0)).numpy()
+    codes_NGg, zeros_NG, scales_NG = int4_rows(weight_NK)
+    back_NGg = (codes_NGg.astype("float32") - zeros_NG[..., None]) * scales_NG[..., None]
+    assert abs(back_NGg - weight_NK.reshape(back_NGg.shape)).max() <= scales_NG.max() * 1.01
+    both = packed(codes_NGg)
+    assert both.shape == (8, 2, 32) and (both & 15 == codes_NGg[..., 0::2]).all()
+    assert (both >> 4 == codes_NGg[..., 1::2]).all() and packed(zeros_NG[:, :1]).shape == (8, 1)
 
 
 @runtimes

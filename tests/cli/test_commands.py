@@ -133,3 +133,10 @@ def test_train(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "main", lambda path, overrides, resume: [str(path), *overrides, resume])
     result = arimg("train", "x.yaml", "optim.steps=5", "name=y", "--resume", "z")
     assert result.stdout == "['x.yaml', 'optim.steps=5', 'name=y', 'z']\n"
+
+
+def test_export_names_its_choices(tmp_path: Path) -> None:
+    for wrong in (("--runtime", "onyx"), ("--runtime", "onnx", "--weights", "int9")):
+        message = arimg("export", *wrong, "-o", str(tmp_path / "out"), code=2).stderr
+        assert message.startswith("arimg: error: unknown") and "did you mean" in message
+    assert not (tmp_path / "out").exists()
