@@ -12,7 +12,7 @@ from arimg.backends.ops import GROUP, Array, int4_rows, int8_rows, packed
 
 OPSET = 23
 _IR_VERSION = 11
-BLOCK = 128             # inputs that share a scale: the fastest of 16 ... 256 with AVX2, where products read weights
+BLOCK = 128             # inputs that share a scale in int8: the fastest of 16 ... 256 with AVX2
 _INT8_PRODUCTS = 4      # MatMulNBits' accuracy_level: activations in 8 bits, row by row and block by block
 _OWN = "com.microsoft"
 
