@@ -104,6 +104,9 @@ OBJECTIVES = Registry("objective", "arimg.objectives", {
     "mar-control": "arimg.train.mar:MARControlObjective",
     "causal": "arimg.train.causal:CausalObjective",
     "causal-control": "arimg.train.causal:CausalControlObjective",
+    "dd1": "arimg.train.dd1:DD1Objective",
+    "dd2-tuning": "arimg.train.dd_scores:TuningObjective",
+    "dd2": "arimg.train.dd2:DD2Objective",
 })
 EXTRACTORS = Registry("feature extractor", "arimg.extractors", {
     "inception": "arimg.evals.extractors:AdmInception",

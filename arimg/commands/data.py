@@ -186,6 +186,7 @@ def _fill(cache: CodeCache) -> None:
 @click.option("--seed", type=int, default=0, show_default=True, help="Pair k has the noise of seed + k.")
 @click.option("--data", metavar="DIR", help="Made by arimg data emoji; its classes and maps are the conditions "
               "[default: classes alone].")
+@click.option("--captions", metavar="FILE", help="A caption a line: the conditions of a teacher that reads them.")
 @click.option("--cfg", type=float, help="Guidance scale [default: the model's].")
 @click.option("--control-cfg", type=float, help="Guidance scale of the control [default: the model's].")
 @click.option("--temperature", type=float, help="[default: the model's].")
@@ -197,7 +198,7 @@ def _fill(cache: CodeCache) -> None:
               "one process for each of the N parts.")
 @click.option("--device", default="auto", show_default=True)
 @click.option("--dtype", default="auto", show_default=True)
-def pairs(model: str, output: str, count: int, seed: int, data: str | None, cfg: float | None,
+def pairs(model: str, output: str, count: int, seed: int, data: str | None, captions: str | None, cfg: float | None,
           control_cfg: float | None, temperature: float | None, top_k: int | None, top_p: float | None, steps: int,
           batch: int, part: str, device: str, dtype: str) -> None:
     """Make the data of Distilled Decoding: what a teacher's flow makes of the noise of each seed. Prints the folder.
@@ -215,7 +216,7 @@ def pairs(model: str, output: str, count: int, seed: int, data: str | None, cfg:
     teacher = Pipeline.from_pretrained(model, device, dtype)
     own = teacher.settings
     config = PairsConfig(
-        count, seed, data or "", Guidance(_or(cfg, own.cfg), _or(control_cfg, own.control_cfg)),
+        count, seed, data or "", captions or "", Guidance(_or(cfg, own.cfg), _or(control_cfg, own.control_cfg)),
         Sampling(_or(temperature, own.temperature), _or(top_k, own.top_k), _or(top_p, own.top_p)), FlowSolver(steps),
         batch)
     with tqdm(total=count, desc="pairs", unit="pair", file=sys.stderr) as bar:

@@ -63,6 +63,11 @@ class Learner:
             self.ema.step(self.module.parameters())
         return whole(norm) if self.twin is not None else norm
 
+    def renew(self) -> None:
+        """Go on from the average of the weights."""
+        if self.ema is not None and self.updates:
+            self.ema.copy_to(self.module.parameters())
+
     @contextmanager
     def averaged(self) -> Iterator[nn.Module]:
         """A whole network with the averaged weights (the plain ones without an average), for as long as the block

@@ -100,6 +100,9 @@ class Trainer:
             if f"{name}_loss" in means:
                 means[f"{name}_norm"] = learner.update()
         self.step += 1
+        for learner in self.learners.values():
+            if learner.player.renewed_at == self.step:
+                learner.renew()
         extra = self.objective.after_step(self.step, self.first.module, seen)
         return {**_named_after_first(means, next(iter(self.learners))), **extra}
 

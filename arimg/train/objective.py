@@ -25,6 +25,7 @@ class Player:
     optim: AdamWConfig
     updates: int                # how many its schedule is made for
     averaged: bool = True       # whether an average of its weights is kept
+    renewed_at: int = 0         # steps after which its weights become that average, once; 0 = never
 
 
 class Objective(Protocol):

@@ -1,10 +1,12 @@
 """Pairs of noise and codes, the data of Distilled Decoding 1 (Liu et al. 2024, arXiv:2412.17153, section 3.1): what the
-teacher's flow makes of a picture's noise (accel/verify.py: FlowAR), under a class and, if it takes one, a control map.
+teacher's flow makes of a picture's noise (accel/verify.py: FlowAR), under a class or a caption and, if it takes one, a
+control map.
 
 A folder holds `pairs.json` (the configuration, and what the teacher is) and shards `pairs-00000.npy` of records
 (seed, class_id, picture, type_id, codes). Noise is not stored: it follows from the seed; nor are maps: picture, type
-and the pair's number make them again. Pair k depends on the configuration and on k alone, and a shard is written whole
-or not at all, so that a run can be killed at any time, go on, or be shared by several processes.
+and the pair's number make them again. Where the teacher reads captions, class_id is the number of a caption. Pair k
+depends on the configuration and on k alone, and a shard is written whole or not at all, so that a run can be killed at
+any time, go on, or be shared by several processes.
 """
 
 from __future__ import annotations
@@ -23,11 +25,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from arimg.accel.base import DecodeRequest, Guidance, Sampling
+from arimg.accel.base import DecodeRequest, Guidance, Sampling, token_scales
 from arimg.accel.flow import FlowNoise, FlowSolver
 from arimg.accel.target import Target
 from arimg.accel.verify import FlowAR, FlowScales
 from arimg.config import from_dict, to_dict
+from arimg.control.base import get_type
 from arimg.data import EmojiSet, load_emoji, to_images
 from arimg.errors import ConfigError, InputError
 from arimg.models.base import Condition, order_of
@@ -46,6 +49,7 @@ class PairsConfig:
     count: int = 100_000
     seed: int = 0                       # pair k's noise has seed + k
     data: str = ""                      # emoji folder whose classes and maps are the conditions; "" = classes alone
+    captions: str = ""                  # text file, a caption a line: the conditions of a teacher that reads them
     guidance: Guidance = Guidance()
     sampling: Sampling = Sampling()
     solver: FlowSolver = FlowSolver()
@@ -78,13 +82,27 @@ class Conditions:
     """What pairs are conditioned on; every draw is a function of (seed, number of the pair)."""
 
     config: PairsConfig
-    classes: int
+    classes: int                        # or captions
     types: tuple[str, ...]              # of control maps; () = none
 
     @cached_property
     def emoji(self) -> EmojiSet | None:
         """The pictures, if there are any."""
         return load_emoji(Path(self.config.data)) if self.config.data else None
+
+    @cached_property
+    def captions(self) -> list[str]:
+        """Of the file, if there is one."""
+        return read_captions(self.config.captions) if self.config.captions else []
+
+    def condition(self, records: np.ndarray, teacher: Pipeline) -> Condition:
+        """The class or caption of each record, on the teacher's device."""
+        class_ids = records["class_id"].astype(np.int64)
+        if not self.captions:
+            return Condition(class_ids_B=torch.from_numpy(class_ids).to(teacher.device))
+        assert teacher.text is not None
+        length = teacher.transformer.config.caption_length
+        return teacher.text([self.captions[line] for line in class_ids], length)
 
     def draw(self, numbers: np.ndarray) -> np.ndarray:
         """(N, 3) class id, picture and type id of each pair. Of N pictures, picture N+i is the mirror image of i; only
@@ -111,26 +129,59 @@ class Conditions:
         return to_images(np.stack(maps))
 
 
+def read_captions(path: str) -> list[str]:
+    """The lines of a text file that say something. Raises InputError."""
+    try:
+        captions = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"captions {path}: cannot be read ({type(error).__name__}); give a text file, a caption a "
+                         "line") from error
+    if not captions:
+        raise InputError(f"captions {path}: the file is empty; write a caption a line")
+    return captions
+
+
+@torch.no_grad()
+def control_rows(teacher: Pipeline, maps_B3HW: Tensor, type_ids_B: Tensor) -> Tensor:
+    """inject_KBLD of maps in [-1, 1], as the pipeline itself makes it."""
+    control, scales = teacher.control, teacher.tokenizer.space().scales
+    maps_B3HW, type_ids_B = maps_B3HW.to(teacher.device, teacher.dtype), type_ids_B.to(teacher.device)
+    with torch.autocast(teacher.device.type, enabled=False):
+        resample = get_type(teacher.control_types[0]).resample
+        inject_KBLD: Tensor = control.inject(maps_B3HW, resample, type_ids_B, scales)
+    return inject_KBLD
+
+
 class PairMaker:
-    """Makes shards with a teacher. Raises InputError on a teacher that takes captions or has too many codes."""
+    """Makes shards with a teacher. Raises InputError on conditions that it does not take and on too many codes."""
 
     def __init__(self, teacher: Pipeline, config: PairsConfig) -> None:
         network = teacher.transformer
-        if network.config.conditioning != "class":
-            raise InputError("this teacher takes captions; pairs are made with class-conditional models")
+        self._check_conditions(teacher, config)
         if network.vocab_size > 2 ** 16:
             raise InputError(f"a teacher of {network.vocab_size} codes: pairs hold codes below {2 ** 16}")
         self.teacher, self.config = teacher, config
         self.grid = (teacher.settings.size[0] // teacher.tokenizer.stride,
                      teacher.settings.size[1] // teacher.tokenizer.stride)
         types = teacher.control_types if config.data and teacher.control is not None else ()
-        self.conditions = Conditions(config, network.config.num_classes, types)
+        classes = len(read_captions(config.captions)) if config.captions else network.config.num_classes
+        self.conditions = Conditions(config, classes, types)
+
+    def _check_conditions(self, teacher: Pipeline, config: PairsConfig) -> None:
+        reads_captions = teacher.transformer.config.conditioning == "text"
+        if reads_captions and (not config.captions or config.data or teacher.text is None):
+            raise InputError("this teacher takes captions: give a text file with one a line, --captions FILE, no "
+                             "--data, and a model folder with its text encoder")
+        if config.captions and not reads_captions:
+            raise InputError(f"captions {config.captions}: this teacher takes classes; leave the file out")
 
     def manifest(self) -> dict[str, Any]:
         """Everything that the pairs depend on."""
+        emoji, captions = self.conditions.emoji, "\n".join(self.conditions.captions)
         return {"config": to_dict(self.config), "teacher": weights_hash(self.teacher), "grid": list(self.grid),
-                "classes": self.conditions.classes, "types": list(self.conditions.types),
-                "data": self.conditions.emoji.fingerprint if self.conditions.emoji else None}
+                "dtype": str(self.teacher.dtype).removeprefix("torch."), "classes": self.conditions.classes,
+                "types": list(self.conditions.types), "data": emoji.fingerprint if emoji else None,
+                "captions": hashlib.sha256(captions.encode()).hexdigest()[:16]}
 
     def shard(self, number: int) -> np.ndarray:
         """The records of one file."""
@@ -141,27 +192,30 @@ class PairMaker:
     def batch(self, numbers: np.ndarray) -> np.ndarray:
         """Records of the pairs of these numbers."""
         drawn = self.conditions.draw(numbers)
-        request = self._request(numbers, drawn)
+        records = np.zeros(len(numbers), record(self._length))
+        records["seed"] = self.config.seed + numbers
+        records["class_id"], records["picture"], records["type_id"] = drawn.T
+        request = self._request(numbers, records)
         network = self.teacher.transformer
         flow = FlowAR if order_of(network) == "raster" else FlowScales
         codes_BL = flow(self.config.solver).decode(Target(network, request), request).codes_BL
         assert codes_BL is not None
-        records = np.zeros(len(numbers), record(codes_BL.shape[1]))
-        records["seed"] = self.config.seed + numbers
-        records["class_id"], records["picture"], records["type_id"] = drawn.T
         records["codes"] = codes_BL.cpu().numpy()
         return records
 
-    @torch.no_grad()
-    def _request(self, numbers: np.ndarray, drawn: np.ndarray) -> DecodeRequest:
-        device, space, inject_KBLD = self.teacher.device, self.teacher.tokenizer.space(), None
+    @property
+    def _length(self) -> int:
+        return sum(height * width for height, width in token_scales(self.teacher.tokenizer.space(), self.grid))
+
+    def _request(self, numbers: np.ndarray, records: np.ndarray) -> DecodeRequest:
+        inject_KBLD = None
         if self.conditions.types:
-            maps_B3HW = self.conditions.maps(numbers, drawn[:, 1], drawn[:, 2]).to(device, self.teacher.dtype)
-            type_ids_B = torch.from_numpy(drawn[:, 2]).to(device)
-            inject_KBLD = self.teacher.control.inject(maps_B3HW, type_ids_B=type_ids_B, scales=space.scales)
-        return DecodeRequest(Condition(class_ids_B=torch.from_numpy(drawn[:, 0]).to(device)), self.grid,
-                             torch.from_numpy(self.config.seed + numbers).to(device), inject_KBLD,
-                             self.config.guidance, self.config.sampling, space)
+            maps_B3HW = self.conditions.maps(numbers, records["picture"], records["type_id"])
+            type_ids_B = torch.from_numpy(records["type_id"].astype(np.int64))
+            inject_KBLD = control_rows(self.teacher, maps_B3HW, type_ids_B)
+        return DecodeRequest(self.conditions.condition(records, self.teacher), self.grid,
+                             torch.from_numpy(records["seed"].astype(np.int64)).to(self.teacher.device), inject_KBLD,
+                             self.config.guidance, self.config.sampling, self.teacher.tokenizer.space())
 
 
 def make_pairs(maker: PairMaker, folder: Path, part: int = 0, parts: int = 1,
@@ -227,7 +281,7 @@ class PairSet:
                 from error
         self.config = from_dict(PairsConfig, manifest["config"])
         self.grid = (manifest["grid"][0], manifest["grid"][1])
-        self.teacher = str(manifest["teacher"])
+        self.teacher, self.dtype = str(manifest["teacher"]), str(manifest["dtype"])
         self.conditions = Conditions(self.config, manifest["classes"], tuple(manifest["types"]))
         missing = [number for number in range(self.config.shards) if not shard_path(folder, number).exists()]
         if missing:

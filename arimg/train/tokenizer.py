@@ -39,6 +39,14 @@ class LpipsFiles:
     vgg: str = ""               # vgg16-397923af.pth of torchvision
     heads: str = ""             # vgg.pth of LPIPS 0.1
 
+    def __post_init__(self) -> None:
+        if bool(self.vgg) != bool(self.heads):
+            raise ConfigError("lpips: has one of two files; give both lpips.vgg and lpips.heads, or neither")
+
+    def network(self) -> PerceptualLoss:
+        """Raises CheckpointError, MissingExtraError."""
+        return lpips_vgg16(Path(self.vgg), Path(self.heads)) if self.vgg else effnet_loss()
+
 
 @dataclass(frozen=True)
 class TokenizerRun(RunConfig):
@@ -57,14 +65,10 @@ class TokenizerRun(RunConfig):
         if self.loss.adversarial and 0 < self.data.crop.size < _SMALLEST_JUDGED:
             raise ConfigError(f"data.crop.size={self.data.crop.size}: too small for the discriminator; write at least "
                               f"{_SMALLEST_JUDGED}, or loss.adversarial=0")
-        if bool(self.lpips.vgg) != bool(self.lpips.heads):
-            raise ConfigError("lpips: has one of two files; give both lpips.vgg and lpips.heads, or neither")
 
     def perceptual(self) -> PerceptualLoss | None:
         """The distance of features that the loss asks for."""
-        if not self.loss.perceptual:
-            return None
-        return lpips_vgg16(Path(self.lpips.vgg), Path(self.lpips.heads)) if self.lpips.vgg else effnet_loss()
+        return self.lpips.network() if self.loss.perceptual else None
 
 
 class TokenizerTask(nn.Module):
