@@ -9,7 +9,6 @@ Letters as in models/base.py; C latent channels.
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 from collections.abc import Sequence
@@ -27,7 +26,8 @@ from arimg.accel.base import Decoder, DecodeRequest
 from arimg.accel.dd1 import unit_ends
 from arimg.accel.scale import latent_map
 from arimg.accel.target import Target
-from arimg.checkpoints import INDEX, find_model, load_component, load_state, save_component, staged_folder
+from arimg.checkpoints import (INDEX, SECOND, find_model, load_component, load_state, read_index, save_component,
+                               staged_folder, write_index)
 from arimg.errors import ConfigError
 from arimg.images import make_grid, to_pil
 from arimg.models.base import order_of
@@ -62,8 +62,8 @@ class DDRun(RunConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.teacher or not self.data.folder:
-            raise ConfigError(f"teacher={self.teacher!r}, data.folder={self.data.folder!r}: give the teacher's pipeline "
-                              "folder, and the folder that arimg data pairs made with it")
+            raise ConfigError(f"teacher={self.teacher!r}, data.folder={self.data.folder!r}: give the teacher's "
+                              "pipeline folder, and the folder that arimg data pairs made with it")
         if min(self.data.batch_size, self.data.held_out) < 1:
             raise ConfigError(f"data: batch_size={self.data.batch_size}, held_out={self.data.held_out}: both must be "
                               "at least 1")
@@ -96,7 +96,7 @@ class DDObjective:
 
     def _load_teacher(self) -> Pipeline:
         """In float32, as the pairs are its own. Raises ConfigError when they are another's."""
-        teacher = Pipeline.from_pretrained(self.config.teacher, "cpu", self.pairs.dtype)
+        teacher = Pipeline.from_pretrained(self.config.teacher, "cpu", self.pairs.dtype, decoders=())
         if weights_hash(teacher) != self.pairs.teacher:
             raise ConfigError(f"teacher={self.config.teacher}: did not make the pairs in {self.config.data.folder}; "
                               "give the one that did, or make pairs with this one")
@@ -218,14 +218,15 @@ class DDObjective:
 
 
 def save_beside_teacher(teacher: Path, student: nn.Module, name: str, folder: Path) -> None:
-    """Write the files of a pipeline folder, and `student` as its decoder `name`. Raises CheckpointError."""
+    """Write the files of a pipeline folder, and `student` as the network of its decoder `name`. Raises
+    CheckpointError."""
     with staged_folder(folder, INDEX) as stage:
         shutil.copytree(teacher, stage, dirs_exist_ok=True)
-        shutil.rmtree(stage / "decoders" / name, ignore_errors=True)
-        save_component(student, stage / "decoders" / name)
-        index = json.loads((stage / INDEX).read_text(encoding="utf-8"))
-        index["decoders"] = {**index.get("decoders", {}), name: ["arimg.hub", type(student).__name__]}
-        (stage / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        shutil.rmtree(stage / SECOND / name, ignore_errors=True)
+        save_component(student, stage / SECOND / name)
+        index = read_index(stage)
+        entry = {SECOND + name: ("arimg.hub", type(student).__name__)}
+        write_index(stage, replace(index, components={**index.components, **entry}))
 
 
 def without_dropout(network: nn.Module) -> nn.Module:

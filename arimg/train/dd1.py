@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from arimg.accel.base import Decoder, DecodeRequest
 from arimg.accel.dd1 import Dd1, Schedule, starting_noise
 from arimg.errors import ConfigError
-from arimg.models.students import ARStudent, clean_mask
+from arimg.models.students import ARStudent, checked_timesteps, clean_mask
 from arimg.models.var_students import VARStudent
 from arimg.train.data import batch_rng
 from arimg.train.dd import DDObjective, DDRun, without_dropout
@@ -42,11 +42,7 @@ class DD1Run(DDRun):
         super().__post_init__()
         if min(self.distance, self.perceptual) < 0:
             raise ConfigError(f"distance={self.distance}, perceptual={self.perceptual}: are weights; give numbers >= 0")
-        self.schedule()
-
-    def schedule(self) -> Schedule:
-        """The passes of the finished student. Raises InputError."""
-        return Schedule(self.timesteps, self.split)
+        checked_timesteps(self.timesteps, self.split)
 
 
 class DD1Objective(DDObjective):
@@ -66,10 +62,10 @@ class DD1Objective(DDObjective):
         self.perceptual = config.lpips.network().requires_grad_(False) if config.perceptual else None
 
     def _new_student(self) -> nn.Module:
-        teacher = self.teacher.transformer
+        teacher, passes = self.teacher.transformer, (self.config.timesteps, self.config.split)
         if self.scales:
-            return VARStudent.from_teacher(teacher)
-        return ARStudent.from_teacher(teacher, self.space.codebook_VC.shape[1])
+            return VARStudent.from_teacher(teacher, *passes)
+        return ARStudent.from_teacher(teacher, self.space.codebook_VC.shape[1], *passes)
 
     def players(self) -> dict[str, Player]:
         """The student."""
@@ -116,5 +112,5 @@ class DD1Objective(DDObjective):
 
     def decoders(self, network: Any) -> Sequence[Decoder]:
         """One pass, and those of the schedule if these are more."""
-        schedules = {Schedule(split=self.config.split), self.config.schedule()}
-        return [Dd1(network, schedule) for schedule in sorted(schedules, key=lambda one: len(one.timesteps))]
+        timesteps, split = self.config.timesteps, self.config.split
+        return [Dd1(network, Schedule(steps, split)) for steps in sorted({timesteps[:1], timesteps})]

@@ -56,7 +56,7 @@ class TuningRun(ScoreRun):
     head_width: int = 1024      # with depth 4 the paper's parameter totals
     head_depth: int = 4
     head_only: bool = False     # the backbone stays the teacher's
-    loss: str = "gts"           # gts: the teacher's velocity, the mean of fcs's target, without its noise | fcs: eps - q
+    loss: str = "gts"           # gts: the teacher's velocity, which is the mean of fcs's target | fcs: eps - q
     fit_steps: int = 1000       # of a raster's token MLP towards the teacher's table, before the run
 
     def __post_init__(self) -> None:

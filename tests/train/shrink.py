@@ -10,15 +10,19 @@ from typing import Any
 import torch
 from torch import nn
 
+from arimg.accel.flow import FlowSolver
 from arimg.checkpoints import save_component
 from arimg.config import from_dict, read_values
 from arimg.control.base import AsIs, get_type
+from arimg.models.generators import ARGenerator, VARGenerator
 from arimg.registry import CONTROLS, OBJECTIVES
 from arimg.tokenizers.kl import KLConfig, KLTokenizer
 from arimg.tokenizers.multiscale import MultiscaleConfig, MultiscaleTokenizer
 from arimg.tokenizers.vq import VQConfig, VQTokenizer
 from arimg.train.jobs import CodesJob, MapsJob, Part
-from tests.toy import toy_text_encoder
+from arimg.train.pairs import PairMaker, PairsConfig, make_pairs
+from tests.toy import toy_pipeline, toy_text_encoder
+from tests.toy_scales import toy_scales_pipeline
 from tests.train.toy_emoji import write_toy_emoji
 from tests.train.toy_sources import write_shards
 
@@ -46,6 +50,8 @@ def write_toys(root: Path) -> Path:
         save_component(network, root / "multiscale-16")
         save_component(KLTokenizer(KLConfig(base_channels=32, multipliers=(1,) * 5, res_blocks=1, latent_channels=2)),
                        root / "kl-16")
+    write_toy_emoji(root / "data" / "emoji-16", size=16)
+    _write_teachers(root)
     text = toy_text_encoder(TEXT)
     text.model.save_pretrained(root / "t5")
     text.tokenizer.save_pretrained(root / "t5")
@@ -55,6 +61,8 @@ def write_toys(root: Path) -> Path:
 def shrink(path: Path, root: Path) -> Any:
     """The run of a recipe at toy size, in float32 and one process. As it stands it must parse, too, with toy paths."""
     values = read_values(path)
+    if values["objective"].startswith("dd"):
+        return _shrink_student(values, path, root)
     data, model = values.setdefault("data", {}), values.setdefault("model", {})
     source = data.get("source", "emoji")
     values |= {"name": f"toy-{path.stem}", "init_from": ""}
@@ -77,6 +85,41 @@ def shrink(path: Path, root: Path) -> Any:
     if values.get("maps") == "cached":
         data["cache"] = str(root / "caches" / path.stem)
     return from_dict(config_class, values)
+
+
+def _shrink_student(values: dict[str, Any], path: Path, root: Path) -> Any:
+    """Of a teacher of the recipe's kind, whose pairs and tuned network write_toys makes."""
+    kind = "scales" if "-var-" in path.stem else "raster"
+    values |= {"name": f"toy-{path.stem}", "teacher": str(root / f"teacher-{kind}")}
+    if values["objective"] != "dd1":
+        values["init_from"] = str(root / f"tuned-{kind}")
+    config_class = OBJECTIVES.load(values["objective"]).config_class
+    values["data"]["folder"] = str(root / f"pairs-{kind}")
+    from_dict(config_class, values)
+    values["data"] |= {"batch_size": 2, "held_out": 2}
+    values["optim"] |= {"steps": 1, "warmup_steps": 0}
+    values["train"] |= {"precision": "no", "threads": 1}
+    if "timesteps" in values:
+        values |= {"timesteps": [0, 2], "split": values["split"] and 2, "perceptual": 0.0}
+    if "head_width" in values:
+        values |= {"head_width": 16, "head_depth": 1, "fit_steps": 2, "head_only": False}
+    if "turns" in values:
+        values["turns"] = {"updates": 1}                # the one step trains both networks
+    return from_dict(config_class, values)
+
+
+def _write_teachers(root: Path) -> None:
+    """Pipelines of both orders, pairs that they made, and networks whose heads are no longer zero."""
+    for kind, pipe in (("raster", toy_pipeline()), ("scales", toy_scales_pipeline())):
+        pipe.save_pretrained(root / f"teacher-{kind}")
+        config = PairsConfig(8, data=str(root / "data" / "emoji-16"), solver=FlowSolver(4), batch=4)
+        make_pairs(PairMaker(pipe, config), root / f"pairs-{kind}")
+        channels = pipe.tokenizer.config.codebook_dim
+        network = ARGenerator.from_teacher(pipe.transformer, channels, 16, 1) if kind == "raster" else \
+            VARGenerator.from_teacher(pipe.transformer, 16, 1)
+        for parameter in network.head.parameters():
+            nn.init.normal_(parameter, std=0.1)
+        save_component(network, root / f"tuned-{kind}")
 
 
 def _fill_paths(values: dict[str, Any], root: Path, stride: int) -> None:

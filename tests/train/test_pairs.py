@@ -25,8 +25,8 @@ from arimg.commands.data import command
 from arimg.errors import ConfigError, InputError
 from arimg.models.base import Condition
 from arimg.pipeline import Pipeline
-from arimg.train.pairs import MANIFEST, PairMaker, PairsConfig, PairSet, make_pairs, weights_hash
-from tests.toy import toy_folder, toy_pipeline
+from arimg.train.pairs import MANIFEST, PairMaker, PairsConfig, PairSet, make_pairs, read_captions, weights_hash
+from tests.toy import toy_folder, toy_pipeline, toy_text_encoder
 from tests.train.toy_emoji import write_toy_emoji
 
 SETTINGS: dict[str, Any] = {"count": 7, "seed": 40, "guidance": Guidance(2.0), "sampling": Sampling(top_k=20),
@@ -89,6 +89,26 @@ def test_pieces_and_parts_give_the_same_files(teacher: Pipeline, data: str, tmp_
     assert contents(whole) == contents(parts)
 
 
+def test_captions_are_conditions(tmp_path: Path) -> None:
+    teacher = toy_pipeline(conditioning="text", control=None, inject_layers=(), text=toy_text_encoder(12))
+    file = tmp_path / "captions.txt"
+    file.write_text("a cat\n\n  a red dog on grass\n")
+    config = PairsConfig(**SETTINGS, captions=str(file))
+    make_pairs(PairMaker(teacher, config), tmp_path / "pairs")
+    pairs = PairSet(tmp_path / "pairs")
+    rows = pairs.rows(np.arange(7))
+    assert pairs.conditions.captions == ["a cat", "a red dog on grass"] and set(rows["class_id"].tolist()) == {0, 1}
+    assert (rows["picture"] == -1).all()
+    condition = teacher.text([pairs.conditions.captions[line] for line in rows["class_id"]], 6)
+    request = DecodeRequest(condition, (4, 4), torch.arange(40, 47), None, config.guidance, config.sampling,
+                            teacher.tokenizer.space())
+    codes = FlowAR(FlowSolver(8)).decode(Target(teacher.transformer, request), request).codes_BL
+    assert codes is not None and codes.tolist() == rows["codes"].tolist()
+    file.write_text("a dog\n")
+    with pytest.raises(InputError, match="another teacher or configuration"):
+        make_pairs(PairMaker(teacher, config), tmp_path / "pairs")
+
+
 def test_a_folder_holds_one_set(teacher: Pipeline, tmp_path: Path) -> None:
     config = PairsConfig(**SETTINGS)
     make_pairs(PairMaker(teacher, config), tmp_path)
@@ -103,6 +123,13 @@ def test_refusals(teacher: Pipeline, tmp_path: Path) -> None:
         PairsConfig(count=0)
     with pytest.raises(InputError, match="captions"):
         PairMaker(toy_pipeline(conditioning="text"), PairsConfig(**SETTINGS))
+    with pytest.raises(InputError, match="takes classes; leave the file out"):
+        PairMaker(teacher, PairsConfig(**SETTINGS, captions=str(tmp_path / "none.txt")))
+    for text, message in ((None, "cannot be read"), ("\n", "the file is empty")):
+        if text is not None:
+            (tmp_path / "none.txt").write_text(text)
+        with pytest.raises(InputError, match=message):
+            read_captions(str(tmp_path / "none.txt"))
     with pytest.raises(InputError, match="part 3/2"):
         make_pairs(PairMaker(teacher, PairsConfig(**SETTINGS)), tmp_path, 2, 2)
     with pytest.raises(InputError, match="holds no pairs"):

@@ -29,12 +29,12 @@ COLOURS = np.array([[[200, 30, 30], [20, 130, 40]], [[40, 60, 210], [220, 140, 0
 
 
 def shapes(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """(pixels_NHW3 uint8, class ids). Sides and places are even numbers."""
+    """(pixels_NHW3 uint8, class ids). Sides and places are even numbers; all begin in the first two rows of tokens."""
     rng = np.random.default_rng(seed)
     pixels, classes = np.full((count, SIZE, SIZE, 3), 255, dtype=np.uint8), np.arange(count) % 2
     for picture, class_id in zip(pixels, classes):
         height, width = 2 * rng.integers(5, 11, 2)
-        top, left = (2 * rng.integers(1, (SIZE - side) // 2) for side in (height, width))
+        top, left = 2 * rng.integers(1, 4), 2 * rng.integers(1, (SIZE - width) // 2)
         picture[top:top + height, left:left + width] = COLOURS[class_id, rng.integers(2)]
     return pixels, classes
 
