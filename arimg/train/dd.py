@@ -132,16 +132,17 @@ class DDObjective:
         return self.order.lane(micro, step * size, size)
 
     def conditions(self, numbers: np.ndarray) -> tuple[Tensor, ...]:
-        """(seeds_B, class_ids_B or caption_BPC) of these pairs, and (maps_B3HW, type_ids_B) if they have control."""
+        """(seeds_B, class_ids_B or caption_BPC) of these pairs, and (maps_B3HW, type_ids_B) if they have control: on the
+        CPU."""
         rows = self.pairs.rows(numbers)
         condition = self.pairs.conditions.condition(rows, self.teacher)
         shown = condition.class_ids_B if condition.caption_BPC is None else condition.caption_BPC
         assert shown is not None
         seeds_B = torch.from_numpy(rows["seed"].astype(np.int64))
         if not self.pairs.conditions.types:
-            return seeds_B, shown
+            return seeds_B, shown.cpu()
         maps_B3HW = self.pairs.conditions.maps(numbers, rows["picture"], rows["type_id"])
-        return seeds_B, shown, maps_B3HW, torch.from_numpy(rows["type_id"].astype(np.int64))
+        return seeds_B, shown.cpu(), maps_B3HW, torch.from_numpy(rows["type_id"].astype(np.int64))
 
     def codes(self, numbers: np.ndarray) -> Tensor:
         """codes_BL, int64: what the teacher made of these pairs' noise."""

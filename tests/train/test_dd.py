@@ -157,6 +157,7 @@ def test_the_token_mlp_learns_the_table(home: Path) -> None:
     reader, teacher = objective.network.network.backbone.tok_embeddings, objective.teacher.transformer
     codes = torch.arange(64)
 
+    @torch.no_grad()
     def error() -> float:
         return float((reader(objective.space.codebook_VC) - teacher.embed(codes[None], codes[None])[0]).square().mean())
     before = error()
