@@ -34,7 +34,7 @@ from arimg.models.base import order_of
 from arimg.pipeline import Pipeline
 from arimg.train.ar import as_condition
 from arimg.train.data import processes
-from arimg.train.objective import Figures
+from arimg.train.objective import SingleNetwork
 from arimg.train.order import EpochOrder
 from arimg.train.pairs import PairSet, control_rows, weights_hash
 from arimg.train.run import RunConfig
@@ -71,10 +71,9 @@ class DDRun(RunConfig):
             raise ConfigError(f"train.sharding={self.train.sharding}: students are trained whole; write sharding=none")
 
 
-class DDObjective:
+class DDObjective(SingleNetwork):
     """The part of an objective that does not depend on the loss."""
 
-    config: Any
     decoder: ClassVar[str]          # name of the trained network under `decoders/`
 
     def __init__(self, config: Any) -> None:
@@ -132,8 +131,8 @@ class DDObjective:
         return self.order.lane(micro, step * size, size)
 
     def conditions(self, numbers: np.ndarray) -> tuple[Tensor, ...]:
-        """(seeds_B, class_ids_B or caption_BPC) of these pairs, and (maps_B3HW, type_ids_B) if they have control: on the
-        CPU."""
+        """(seeds_B, class_ids_B or caption_BPC) of these pairs, and (maps_B3HW, type_ids_B) if they have control.
+        All on the CPU."""
         rows = self.pairs.rows(numbers)
         condition = self.pairs.conditions.condition(rows, self.teacher)
         shown = condition.class_ids_B if condition.caption_BPC is None else condition.caption_BPC
@@ -160,20 +159,6 @@ class DDObjective:
     def held_out_request(self, device: torch.device, count: int | None = None) -> DecodeRequest:
         """That of the first `count` held-out pairs."""
         return self.request(*(tensor.to(device) for tensor in self.conditions(self.held_out[:count])))
-
-    # -----------------------------------------------------------------------------------------------------------------
-    # What the loop asks for, and nothing is done
-
-    def after_step(self, step: int, network: nn.Module, seen: Figures) -> dict[str, float]:
-        """Nothing outside the gradient."""
-        return {}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing is remembered between steps."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing to restore."""
 
     # -----------------------------------------------------------------------------------------------------------------
     # What a run shows

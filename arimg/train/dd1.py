@@ -24,7 +24,7 @@ from arimg.models.var_students import VARStudent
 from arimg.train.data import batch_rng
 from arimg.train.dd import DDObjective, DDRun, without_dropout
 from arimg.train.dd_losses import perceptual_input, student_losses
-from arimg.train.objective import Batch, Figures, Losses, Player
+from arimg.train.objective import Batch, Figures, Losses
 from arimg.train.tokenizer import LpipsFiles
 
 
@@ -67,10 +67,6 @@ class DD1Objective(DDObjective):
             return VARStudent.from_teacher(teacher, *passes)
         return ARStudent.from_teacher(teacher, self.space.codebook_VC.shape[1], *passes)
 
-    def players(self) -> dict[str, Player]:
-        """The student."""
-        return {"student": Player(self.network, self.config.optim, self.config.optim.steps)}
-
     def batch(self, step: int, micro: int) -> Batch:
         """(codes, clean units, seeds, conditions, ...) of training pairs."""
         numbers = self.numbers(step, micro)
@@ -80,8 +76,8 @@ class DD1Objective(DDObjective):
     def losses(self, networks: Mapping[str, nn.Module], batch: Batch, step: int) -> tuple[Losses, Figures]:
         """Its loss, and the share of noise tokens whose code it guesses."""
         codes_BL, units_B, *conditions = batch
-        loss, figures = self.loss(networks["student"], codes_BL, units_B, self.request(*conditions))
-        return {"student": loss}, figures
+        loss, figures = self.loss(networks["network"], codes_BL, units_B, self.request(*conditions))
+        return {"network": loss}, figures
 
     def loss(self, student: Any, codes_BL: Tensor, units_B: Tensor, request: DecodeRequest) -> tuple[Tensor, Figures]:
         """Scalar loss and figures of pairs at these timesteps."""

@@ -29,7 +29,7 @@ from arimg.models.generators import ARGenerator, VARGenerator
 from arimg.train.data import batch_rng
 from arimg.train.dd import DDObjective, DDRun, without_dropout
 from arimg.train.dd_losses import fake_score_loss, ground_truth_score_loss, noised
-from arimg.train.objective import Batch, Figures, Losses, Player
+from arimg.train.objective import Batch, Figures, Losses
 
 TUNING_LOSSES = ("gts", "fcs")
 _HELD_OUT = 6           # purpose of a random draw
@@ -124,10 +124,6 @@ class TuningObjective(ScoreObjective):
         if not config.init_from:
             fit_reader(network.backbone.tok_embeddings, codebook_VC, teacher, config.fit_steps)
         return network
-
-    def players(self) -> dict[str, Player]:
-        """The network."""
-        return {"network": Player(self.network, self.config.optim, self.config.optim.steps)}
 
     def batch(self, step: int, micro: int) -> Batch:
         """(codes, times, noise, seeds, conditions, ...) of training pairs."""
