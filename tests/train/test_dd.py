@@ -128,8 +128,7 @@ def test_the_loss_is_of_noise_tokens_alone(home: Path) -> None:
     assert torch.equal(seen[0][:, 5:], starting_noise(request)[:, 5:])
 
 
-@pytest.mark.parametrize("loss", ["gts", "fcs"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind, loss", [("raster", "gts"), ("raster", "fcs"), ("scales", "gts"), ("text", "gts")])
 def test_the_first_stage_takes_steps(home: Path, kind: str, loss: str) -> None:
     config = run_of(home, "dd2-tuning", kind, head_width=16, head_depth=1, draws=2, fit_steps=2, loss=loss,
                     init_from=tuned(home, kind))
@@ -155,20 +154,23 @@ def test_a_head_alone(home: Path) -> None:
 def test_the_token_mlp_learns_the_table(home: Path) -> None:
     objective = TuningObjective(run_of(home, "dd2-tuning", "raster", head_width=16, head_depth=1, fit_steps=0))
     reader, teacher = objective.network.network.backbone.tok_embeddings, objective.teacher.transformer
-    codes = torch.arange(64)
+    codes, codebook = torch.arange(64), objective.space.codebook_VC
+    table = codebook @ torch.randn(4, 48, generator=torch.Generator().manual_seed(0))
+    teacher.load_state_dict({**teacher.state_dict(), "tok_embeddings.weight": table})
 
     @torch.no_grad()
     def error() -> float:
-        return float((reader(objective.space.codebook_VC) - teacher.embed(codes[None], codes[None])[0]).square().mean())
+        return float((reader(codebook) - teacher.embed(codes[None], codes[None])[0]).square().mean())
     before = error()
-    fit_reader(reader, objective.space.codebook_VC, teacher, 200)
+    fit_reader(reader, codebook, teacher, 200)
     assert error() < before / 2
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("changes", [{}, {"loss": "reverse-kl", "weight": "one"}])
+@pytest.mark.parametrize("kind, changes", [("raster", {}), ("scales", {"loss": "reverse-kl", "weight": "one"}),
+                                           ("text", {"alpha": 0.5})])
 def test_networks_take_turns(home: Path, kind: str, changes: dict[str, Any]) -> None:
-    config = run_of(home, "dd2", kind, init_from=tuned(home, kind), draws=2, turns={"updates": 2}, **changes)
+    config = run_of(home, "dd2", kind, init_from=tuned(home, kind), draws=2, turns={"updates": 2},
+                    guidance={"warmup_steps": 0}, **changes)
     trainer = Trainer(config, DD2Objective(config))
     trainer.train_mode()
     moved = []
@@ -202,7 +204,8 @@ def test_the_generator_takes_its_average_for_the_alignment(home: Path) -> None:
         assert learner.ema is not None
         average = [tensor.clone() for tensor in learner.ema.shadow_params]
         same = all(torch.equal(a, b) for a, b in zip(average, learner.module.parameters()))
-        assert same == (step >= 2) and learner.updates == min(step + 1, 3)
+        assert same == (step != 1), "the first average is of one, the third step makes it the weights, which then rest"
+        assert learner.updates == min(step + 1, 3)
 
 
 @pytest.mark.parametrize("objective, kind, changes, message", [
