@@ -1,4 +1,4 @@
-"""Distilled Decoding 2 from end to end on a chain of two tokens, with its real networks: minutes of one core."""
+"""Distilled Decoding 2 from end to end on a chain of two tokens, with its real networks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from arimg.train.dd_losses import (denoised, fake_score_loss, ground_truth_score
                                    sid_weight)
 from tests.chi_square import total_variation
 
-CODES, BATCH, GRID, STEPS, UPDATES = 5, 128, (1, 2), 3000, 5
+CODES, BATCH, GRID = 5, 128, (1, 2)
+STEPS, ROUNDS, UPDATES = 1000, 800, 5        # of the first stage, of the second, of the guidance network in a round
 RANDOM = torch.Generator().manual_seed(3)
 SPACE = VQSpace(torch.randn(CODES, 2, generator=RANDOM))
 FIRST = (1.2 * torch.randn(CODES, generator=RANDOM)).softmax(-1)
@@ -80,7 +81,7 @@ def distilled(network: ARGenerator) -> ARGenerator:
     generator, guidance = copy.deepcopy(network), copy.deepcopy(network)
     g_optimiser = torch.optim.Adam(generator.parameters(), lr=1e-4, betas=(0.0, 0.99))
     optimiser = torch.optim.Adam(guidance.parameters(), lr=5e-4, betas=(0.0, 0.99))
-    for _ in range(STEPS):
+    for _ in range(ROUNDS):
         for _ in range(UPDATES):
             q = one_step(generator).detach()
             t, noise, x = corruption(q)
