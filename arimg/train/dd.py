@@ -12,6 +12,7 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -50,6 +51,7 @@ class PairData:
     folder: str = ""
     batch_size: int = 16            # per micro-batch
     held_out: int = 64              # the last pairs, which are not trained on
+    workers: int = 1                # threads per process that draw control maps
 
 
 @dataclass(frozen=True)
@@ -64,9 +66,9 @@ class DDRun(RunConfig):
         if not self.teacher or not self.data.folder:
             raise ConfigError(f"teacher={self.teacher!r}, data.folder={self.data.folder!r}: give the teacher's "
                               "pipeline folder, and the folder that arimg data pairs made with it")
-        if min(self.data.batch_size, self.data.held_out) < 1:
-            raise ConfigError(f"data: batch_size={self.data.batch_size}, held_out={self.data.held_out}: both must be "
-                              "at least 1")
+        if min(self.data.batch_size, self.data.held_out, self.data.workers) < 1:
+            raise ConfigError(f"data: batch_size={self.data.batch_size}, held_out={self.data.held_out}, workers="
+                              f"{self.data.workers}: all must be at least 1")
         if self.train.sharding != "none":
             raise ConfigError(f"train.sharding={self.train.sharding}: students are trained whole; write sharding=none")
 
@@ -89,6 +91,7 @@ class DDObjective(SingleNetwork):
                               f"{lanes} micro-batches per step; make more pairs, or hold out fewer")
         rows = [self.pairs.config.rows(shard) for shard in range(self.pairs.config.shards)]
         sizes = [max(0, min(one.stop, count) - one.start) for one in rows]
+        self.pool = ThreadPoolExecutor(config.data.workers, thread_name_prefix="arimg-maps")
         self.order = EpochOrder(sizes, config.seed, lanes, _WINDOW)
         self.held_out = np.arange(count, len(self.pairs))
         torch.manual_seed(config.seed)
@@ -140,8 +143,12 @@ class DDObjective(SingleNetwork):
         seeds_B = torch.from_numpy(rows["seed"].astype(np.int64))
         if not self.pairs.conditions.types:
             return seeds_B, shown.cpu()
-        maps_B3HW = self.pairs.conditions.maps(numbers, rows["picture"], rows["type_id"])
-        return seeds_B, shown.cpu(), maps_B3HW, torch.from_numpy(rows["type_id"].astype(np.int64))
+        drawn = self.pool.map(self._map, numbers, rows["picture"], rows["type_id"])
+        return seeds_B, shown.cpu(), torch.cat(list(drawn)), torch.from_numpy(rows["type_id"].astype(np.int64))
+
+    def _map(self, *pair: int) -> Tensor:
+        """maps_13HW of the pair of this number, picture and type."""
+        return self.pairs.conditions.maps(*(np.array([value]) for value in pair))
 
     def codes(self, numbers: np.ndarray) -> Tensor:
         """codes_BL, int64: what the teacher made of these pairs' noise."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,7 @@ def test_a_student_is_trained_and_exported_beside_its_teacher(home: Path, kind: 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_batch_is_a_function_of_step_and_micro_and_holds_what_the_teacher_made(home: Path, kind: str) -> None:
     config = run_of(home, "dd1", kind, timesteps=[0, 1, 2])
-    one, other = DD1Objective(config), DD1Objective(config)
+    one, other = DD1Objective(config), DD1Objective(replace(config, data=replace(config.data, workers=3)))
     other.batch(0, 0)
     assert all(torch.equal(a, b) for a, b in zip(one.batch(3, 0), other.batch(3, 0), strict=True))
     seen = torch.cat([one.batch(step, 0)[2] for step in range(4)])
