@@ -98,7 +98,7 @@ def _shrink_student(values: dict[str, Any], path: Path, root: Path) -> Any:
     from_dict(config_class, values)
     values["data"] |= {"batch_size": 2, "held_out": 2}
     values["optim"] |= {"steps": 1, "warmup_steps": 0}
-    values["train"] |= {"precision": "no", "threads": 1}
+    values["train"] |= {"precision": "no", "threads": 1, "accumulation": 1}
     if "timesteps" in values:
         values |= {"timesteps": [0, 2], "split": values["split"] and 2, "perceptual": 0.0}
     if "head_width" in values:
