@@ -171,7 +171,8 @@ def test_the_token_mlp_learns_the_table(home: Path) -> None:
                                            ("text", {"alpha": 0.5})])
 def test_networks_take_turns(home: Path, kind: str, changes: dict[str, Any]) -> None:
     config = run_of(home, "dd2", kind, init_from=tuned(home, kind), draws=2, turns={"updates": 2},
-                    guidance={"warmup_steps": 0}, **changes)
+                    optim={"steps": 4, "warmup_steps": 0, "schedule": "constant"},
+                    guidance={"warmup_steps": 0, "schedule": "constant"}, **changes)
     trainer = Trainer(config, DD2Objective(config))
     trainer.train_mode()
     moved = []
