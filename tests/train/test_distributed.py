@@ -15,7 +15,7 @@ from arimg.errors import ConfigError
 from arimg.registry import OBJECTIVES
 from arimg.train.launch import load_run
 from arimg.train.loop import Trainer
-from tests.train.toy_runs import PATIENCE, RECIPES, SHARDED, read_log, run, weights, write_home
+from tests.train.toy_runs import PATIENCE, RECIPES, SHARDED, inputs, read_log, run, weights, write_home
 
 STEPS = 5
 SETTINGS = (f"optim.steps={STEPS}", "train.save_steps=0", "train.validate_steps=5")
@@ -30,6 +30,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trained(home: Path) -> Path:
     """Runs NAME-2x1 and NAME-sharded of two processes, NAME-1x2 and NAME-whole of one with twice the accumulation."""
     environment = {**os.environ, "ARIMG_HOME": str(home), "OMP_NUM_THREADS": "1", "PYTHONPATH": "."}
+    for recipe in RECIPES:
+        inputs(home, recipe)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run([*torchrun, "tests/train/two_processes.py", *SETTINGS], env=environment, text=True,
                           cwd=Path(arimg.__file__).parents[1], capture_output=True, timeout=2 * PATIENCE)

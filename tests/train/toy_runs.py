@@ -20,11 +20,14 @@ from typing import Any
 import torch
 from safetensors.numpy import load_file
 
+from arimg.accel.flow import FlowSolver
 from arimg.checkpoints import save_component
+from arimg.pipeline import Pipeline
 from arimg.registry import OBJECTIVES
 from arimg.tokenizers.kl import KLConfig, KLTokenizer
 from arimg.tokenizers.multiscale import MultiscaleConfig, MultiscaleTokenizer
 from arimg.tokenizers.vq import VQConfig, VQTokenizer
+from arimg.train.pairs import PairMaker, PairsConfig, make_pairs
 from tests.train.toy_emoji import write_toy_emoji
 
 STEPS, EVERY = 12, 3
@@ -65,6 +68,7 @@ data: {batch_size: 2}
 model: {latent_channels: 2, grid: 4, dim: 16, layers: 2, heads: 2, ffn_hidden: 32, num_classes: 2,
         inject_layers: [0, 1], head: {width: 16, layers: 1, steps: ddim10}}
 """
+_PAIRS = "data: {batch_size: 2, held_out: 4}\n"
 _CONTROL = "control: {embed_dim: 8, depth: 1, heads: 2, ffn_hidden: 16, dim: 16, points: 2, types: [canny, color]"
 RECIPES = {     # name: what its YAML file says besides the above; every registered objective has one
     "tokenizer": _TOKENIZER,
@@ -77,6 +81,10 @@ RECIPES = {     # name: what its YAML file says besides the above; every registe
     "mar-control": f"objective: mar-control\n{_MAR}{_CONTROL}, patch: 8, stride: 8}}\n",
     "causal": f"objective: causal\n{_CAUSAL}",
     "causal-control": f"objective: causal-control\n{_CAUSAL}{_CONTROL}, patch: 8, stride: 8}}\n",
+    "dd1": f"objective: dd1\n{_PAIRS}timesteps: [0, 9]\nsplit: 40\n",
+    "dd2-tuning": f"objective: dd2-tuning\n{_PAIRS}head_width: 8\nhead_depth: 1\ndraws: 2\nfit_steps: 3\n",
+    "dd2": f"objective: dd2\n{_PAIRS}draws: 2\n"
+           "turns: {updates: 2, align_at: 6, align_steps: 2, updates_after: 1}\n",
 }
 SHARDED = {     # recipe: what must be changed for FSDP2, which splits no single numbers
     "control": ("model.codebook_dim=null",), "var-control": (), "mar-control": (), "causal-control": ()}
@@ -111,9 +119,26 @@ def run(home: Path, recipe: str, name: str, *overrides: str, world: int = 1, res
     assert codes == [0] * world, (home / "runs" / f"{name}.txt").read_text()[-3000:]
 
 
+def inputs(home: Path, recipe: str) -> list[str]:
+    """What names the things that Distilled Decoding builds on. They are made if they are not there: a teacher and pairs
+    of noise and codes, a tuned network for the second stage."""
+    teacher, tuned = home / "runs" / "teacher" / "export", home / "runs" / "tuned" / "export" / "tuned"
+    if not recipe.startswith("dd"):
+        return []
+    if not teacher.exists():
+        run(home, "control", "teacher", "optim.steps=1")
+        config = PairsConfig(24, data=str(home / "data" / "emoji-128"), solver=FlowSolver(4), batch=8, shard=8)
+        make_pairs(PairMaker(Pipeline.from_pretrained(teacher, "cpu", "float32"), config), home / "pairs")
+    if recipe == "dd2" and not tuned.exists():
+        run(home, "dd2-tuning", "tuned", "optim.steps=1")
+    started = [f"init_from={tuned}"] if recipe == "dd2" else []
+    return [f"teacher={teacher}", f"data.folder={home / 'pairs'}", *started]
+
+
 def start(home: Path, recipe: str, name: str, *overrides: str, world: int = 1,
           resume: str = "latest") -> list[ForkServerProcess]:
     """The processes of a run, under way."""
+    overrides = (*inputs(home, recipe), *overrides)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -7,11 +7,11 @@ from pathlib import Path
 from accelerate import PartialState
 
 from arimg.train.launch import main
-from tests.train.toy_runs import RECIPES, SHARDED
+from tests.train.toy_runs import RECIPES, SHARDED, inputs
 
 home = Path(os.environ["ARIMG_HOME"])
 for recipe in RECIPES:
-    main(home / f"{recipe}.yaml", [f"name={recipe}-2x1", *sys.argv[1:]])
+    main(home / f"{recipe}.yaml", [*inputs(home, recipe), f"name={recipe}-2x1", *sys.argv[1:]])
 for recipe, settings in SHARDED.items():
     main(home / f"{recipe}.yaml", [f"name={recipe}-sharded", *sys.argv[1:], *settings, "train.sharding=fsdp2",
                                    "train.checkpoint_blocks=true", "train.save_steps=3"])
