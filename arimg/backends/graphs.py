@@ -114,8 +114,9 @@ def _level(ops: Ops, h: Value, level: Level) -> Value:
         h = _block(ops, h, block)
         if len(level.attn):
             h = _block(ops, h, level.attn[index])
-    if hasattr(level, "upsample"):
-        h = _conv(ops, ops.upsample(h), level.upsample.conv)
+    upsample: Any = getattr(level, "upsample", None)
+    if upsample is not None:
+        h = _conv(ops, ops.upsample(h), upsample.conv)
     return h
 
 
@@ -132,7 +133,7 @@ def _pixel_attention(ops: Ops, x_BCHW: Value, block: AttnBlock) -> Value:
     h = _norm(ops, x_BCHW, block.norm)
     channels = block.q.out_channels
     q_BCN, k_BCN, v_BCN = (ops.reshape(_conv(ops, h, layer), (0, 0, -1)) for layer in (block.q, block.k, block.v))
-    scale = ops.constant(np.float32(channels ** -0.5))
+    scale = ops.constant(np.array([channels ** -0.5], np.float32))
     weights = ops.softmax(ops.multiply(ops.matmul(ops.transpose(q_BCN, (0, 2, 1)), k_BCN), scale))
     out_BCN = ops.transpose(ops.matmul(weights, ops.transpose(v_BCN, (0, 2, 1))), (0, 2, 1))
     return ops.add(x_BCHW, _conv(ops, ops.like(out_BCN, x_BCHW), block.proj_out))

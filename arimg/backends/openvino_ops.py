@@ -71,7 +71,8 @@ class OpenvinoOps:
         """See Ops."""
         o = self._o
         mean = o.reduce_mean(o.multiply(x, x), o.constant([-1]), True)
-        scale = o.divide(self.constant(np.float32(1)), o.sqrt(o.add(mean, self.constant(np.float32(eps)))))
+        one, small = self.constant(np.ones(1, np.float32)), self.constant(np.array([eps], np.float32))
+        scale = o.divide(one, o.sqrt(o.add(mean, small)))
         return o.multiply(o.multiply(x, scale), self.constant(weight))
 
     def rotate(self, x_RWD: Any, heads: int, cos_RWF: Any, sin_RWF: Any) -> Any:

@@ -249,7 +249,7 @@ class ARTransformer(nn.Module):
     @torch.no_grad()
     def embedding_table(self) -> Tensor:
         """x_VD: what `embed` gives for each code, without dropout, float32."""
-        table_VD = self.tok_embeddings.weight.float()
+        table_VD = self.tok_embeddings.get_parameter("weight").float()
         if self.config.codebook_dim is not None:
             table_VD = table_VD + F.linear(self.codebook.float(), self.codebook_in.weight.float())
         return table_VD

@@ -112,13 +112,11 @@ def test_a_resumed_game_goes_on(config: TokenizerRun) -> None:
                                                              resumed.learners[name].module.state_dict().values()))
 
 
-@pytest.mark.parametrize("changes, message", [
-    ({"data": DataConfig(crop=CropConfig("window", 16))}, "data.crop.size=16: too small for the discriminator"),
-    ({"lpips": LpipsFiles(vgg="vgg16.pth")}, "give both lpips.vgg and lpips.heads"),
-])
-def test_contradictions(config: TokenizerRun, changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        replace(config, **changes)
+def test_contradictions(config: TokenizerRun) -> None:
+    with pytest.raises(ConfigError, match="data.crop.size=16: too small for the discriminator"):
+        replace(config, data=DataConfig(crop=CropConfig("window", 16)))
+    with pytest.raises(ConfigError, match="give both lpips.vgg and lpips.heads"):
+        LpipsFiles(vgg="vgg16.pth")
 
 
 def test_a_tracker_that_is_not_installed(config: TokenizerRun, monkeypatch: pytest.MonkeyPatch) -> None:
