@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO := demo.png
+TWO_AT_ONCE := -n 2 --dist loadfile      # files of tests share nothing
 
 .PHONY: help demo test lint slow coverage bench clean
 .DEFAULT_GOAL := help
@@ -22,7 +23,7 @@ demo: $(VENV)/.installed
 	@echo "The picture is $(CURDIR)/$(DEMO)"
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(TWO_AT_ONCE)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/python -m flake8 arimg scripts tests
@@ -31,7 +32,7 @@ lint: $(VENV)/.installed-dev
 
 # pytest exits with 5 when no test carries the mark: said aloud, and not a failure.
 slow: $(VENV)/.installed-dev
-	@$(BIN)/python -m pytest -m "slow and not cuda" || { code=$$?; [ $$code -eq 5 ] || exit $$code; \
+	@$(BIN)/python -m pytest -m "slow and not cuda" $(TWO_AT_ONCE) || { code=$$?; [ $$code -eq 5 ] || exit $$code; \
 		echo "make slow: no test is marked slow, so none ran"; }
 
 coverage: $(VENV)/.installed-dev

@@ -44,7 +44,8 @@ PIPELINE_CLASS = "ArimgPipeline"
 
 _WEIGHT_NAMES = (WEIGHTS, "model.safetensors")
 _LIBRARIES = ("arimg", "diffusers", "transformers")        # what an index may name: it is a stranger's file
-_HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.md", "*.onnx", "*.onnx.data", "*.xml", "*.bin"]
+_HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.md", "*.onnx", "*.onnx.data",
+                 "*.xml", "*/step.bin", "*/decoder.bin"]     # OpenVINO's numbers; other .bin files are pickles
 
 
 @dataclass(frozen=True)

@@ -42,10 +42,11 @@ def pipeline(model: str, control_type: str | None) -> Pipeline:
 
 
 def test_every_registered_network_is_walked() -> None:
-    """Those of this walk and of test_walk, by class."""
+    """Those of this walk, of test_walk and, on other runtimes, of tests/backends, by class."""
     pipes = [*(pipeline(kind, "canny") for kind in KINDS), *(discrete_pipeline(kind, "canny") for kind in DISCRETE)]
     walked = {type(part).__name__ for pipe in pipes for part in pipe.components.values()}
-    assert walked == {*TOKENIZERS.names(), *MODELS.names(), *CONTROL_MODULES.names()}
+    exported = {f"{runtime}{part}" for runtime in ("Onnx", "Openvino") for part in ("Transformer", "Tokenizer")}
+    assert walked | exported == {*TOKENIZERS.names(), *MODELS.names(), *CONTROL_MODULES.names()}
 
 
 def call(model: str, control_type: str | None, decoder: Any, **options: Any) -> Any:

@@ -166,9 +166,9 @@ class TuningObjective(ScoreObjective):
 
 def fit_reader(reader: nn.Module, codebook_VC: Tensor, teacher: ARTransformer, steps: int) -> None:
     """Train the MLP that replaces a raster's token table: sum_i |mlp(c_i) - table(i)|^2 (section 3.2)."""
-    optimizer = torch.optim.Adam(reader.parameters(), lr=1e-3)
+    optimizer, generator = torch.optim.Adam(reader.parameters(), lr=1e-3), torch.Generator().manual_seed(0)
     for _ in range(steps):
-        codes_N = torch.randint(len(codebook_VC), (min(_FIT_CODES, len(codebook_VC)),))
+        codes_N = torch.randint(len(codebook_VC), (min(_FIT_CODES, len(codebook_VC)),), generator=generator)
         with torch.no_grad():
             rows_ND = teacher.embed(codes_N[None], codes_N[None])[0]
         optimizer.zero_grad()

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from arimg.errors import ArimgError, CheckpointError, ConfigError
+from arimg.errors import ArimgError, CheckpointError, ConfigError, InputError
 from arimg.tokenizers.vq import VQConfig
 from arimg.train import checkpointing
 from arimg.train.checkpointing import find_latest, list_checkpoints, read_checkpoint, write_checkpoint
@@ -280,7 +280,7 @@ def test_weights_come_back_when_showing_them_fails(config: TokenizerRun, monkeyp
         raise OSError("no room for a picture")
 
     monkeypatch.setattr(run.objective, "sample", fail)
-    with pytest.raises(OSError):
+    with pytest.raises(InputError, match="no room for a picture"):
         run.export()
     assert all(torch.equal(tensor, before[name]) for name, tensor in run.first.module.state_dict().items())
 
