@@ -165,11 +165,11 @@ def test_one_and_two_steps_of_dd1(dd1: Pipeline, pairs: Path) -> None:
     print(f"teacher {own}\none step {one}\ntwo steps {two}\nindependent tokens {alone}\nagreement {agreement}")
     for score in (own, one, two):
         assert score.f1 > 2 * score.shuffled and score.f1 > 0.8 * own.f1 and score.fd < alone.fd / 4
-    # Both distances are the teacher's own but for chance, so better means nearer to the teacher's picture, and to the map.
+    # Both distances are the teacher's but for chance, so better means nearer to its very pictures, and to the map.
     assert agreement[1] > agreement[0] and two.f1 > one.f1
 
 
-@pytest.mark.xfail(reason="not reached yet: F1 0.48 where the teacher has 0.92, after 300 steps of tuning and 240 of distillation")
+@pytest.mark.xfail(reason="not reached yet: F1 0.48 where the teacher has 0.92, after 300 + 240 steps")
 def test_one_step_of_dd2(dd2: Pipeline, pairs: Path) -> None:
     _, own = painted(dd2, FlowAR(SOLVER))
     _, one = painted(dd2, Dd2(dd2.decoders["dd2"]))
