@@ -211,3 +211,7 @@ def test_every_attention_backend_is_reached_by_the_model() -> None:
     expected = model(codes, condition, (4, 4))
     model.attention_backend = "math"
     torch.testing.assert_close(model(codes, condition, (4, 4)), expected)
+
+
+def test_a_dropout_may_be_written_as_a_whole_number() -> None:
+    assert ARConfig(token_dropout=0, ffn_dropout=1).token_dropout == 0
