@@ -43,14 +43,12 @@ CHECKERS = {    # the longest prefix of the fixture's name decides
     "dd2_generator_llamagen": "dd2_generator_llamagen",
     "dd2_generator_var": "dd2_generator_var",
 }
-PENDING = {     # families whose models are not in the package yet
-}
 
 
-def family(name: str, table: dict[str, str]) -> str | None:
-    """The entry of the longest prefix of `name`."""
-    found = max((prefix for prefix in table if name.startswith(prefix)), key=len, default=None)
-    return None if found is None else table[found]
+def family(name: str) -> str | None:
+    """The checker of the longest prefix of `name`."""
+    found = max((prefix for prefix in CHECKERS if name.startswith(prefix)), key=len, default=None)
+    return None if found is None else CHECKERS[found]
 
 
 def test_there_are_fixtures() -> None:
@@ -59,11 +57,8 @@ def test_there_are_fixtures() -> None:
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.safetensors")), ids=lambda path: path.stem)
 def test_parity(path: Path) -> None:
-    pending = family(path.stem, PENDING)
-    if pending is not None:
-        pytest.skip(f"pending: {pending}")
-    checker = family(path.stem, CHECKERS)
-    assert checker is not None, f"no checker for {path.stem}; known prefixes: {', '.join([*CHECKERS, *PENDING])}"
+    checker = family(path.stem)
+    assert checker is not None, f"no checker for {path.stem}; known prefixes: {', '.join(CHECKERS)}"
     fixture = fixtures.load(path)
     import_module(f"tests.parity.checkers.{checker}").check(fixture)
     fixture.assert_complete()
