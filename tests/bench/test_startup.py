@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -35,4 +36,4 @@ def test_stages_add_up(tmp_path: Path) -> None:
     *stages, whole = report.stages
     assert [stage.name for stage in stages][:4] == ["python", "import torch", "import arimg", "control"]
     assert sum(stage.seconds for stage in stages) == pytest.approx(whole.seconds) and whole.name == "whole"
-    assert json.dumps(report.stages)
+    assert json.dumps(asdict(report))
