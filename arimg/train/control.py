@@ -37,12 +37,12 @@ class ControlRun(ARRun):
     maps: str = "random"                    # random (maps.py) | extracted (as published) | cached (arimg data maps)
     type_weights: dict[str, float] = field(default_factory=dict)    # how often a type is drawn; those not named: 1
     control_dropout: float = 0.1            # share of samples without control, besides the model's class_dropout
-    drop_together: bool = False             # a dropped class or caption takes the control with it (ControlAR)
+    drop_together: float = 0.0              # share of dropped classes or captions that drop the control (ControlAR: 1)
     encoder_weights: str = ""               # Hugging Face file of the ViT or DINOv2 that the encoder starts from
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_shares(control_dropout=self.control_dropout)
+        check_shares(control_dropout=self.control_dropout, drop_together=self.drop_together)
         if self.maps not in KINDS:
             raise UnknownNameError("maps", self.maps, KINDS)
         if self.maps == "random":
@@ -130,9 +130,10 @@ class ControlObjective(ARObjective):
         return CachedMaps(types, shares, caches, crop.count(cached=True))
 
     def control(self, examples: Sequence[Example], drop_B: Tensor, rng: np.random.Generator) -> tuple[Tensor, ...]:
-        """(maps, type ids, keep control): dropped by control_dropout and, if asked for, where the class is."""
+        """(maps, type ids, keep control): dropped by control_dropout and, by drop_together, where the class is."""
         keep_B = torch.from_numpy(rng.random(len(examples)) >= self.config.control_dropout)
-        return *stacked(examples), keep_B & ~drop_B if self.config.drop_together else keep_B
+        together_B = torch.from_numpy(rng.random(len(examples)) < self.config.drop_together)
+        return *stacked(examples), keep_B & ~(drop_B & together_B)
 
     def held_out_control(self, examples: Sequence[Example]) -> tuple[Tensor, ...]:
         """All kept."""

@@ -115,13 +115,14 @@ def test_half_of_the_samples_are_flipped_if_asked_for(ar_run, flip, expected):
     assert codes.shape == (8, 64) and drop.dtype == torch.bool
 
 
-@pytest.mark.parametrize("together", [False, True])
-def test_a_dropped_class_takes_its_control_with_it_if_asked_for(control_run, together):
-    config = replace(control_run, model=replace(MODEL, class_dropout=0.5), control_dropout=0.0, drop_together=together)
+@pytest.mark.parametrize("share, least, most", [(0.0, 0, 0), (0.5, 0.2, 0.8), (1.0, 1, 1)])
+def test_a_share_of_dropped_classes_takes_the_control_along(control_run, share, least, most):
+    config = replace(control_run, model=replace(MODEL, class_dropout=0.5), control_dropout=0.0, drop_together=share)
     objective = ControlObjective(config)
-    for step in range(3):
-        *_, dropped, _, _, keep = objective.batch(step, 0)
-        assert torch.equal(keep, ~dropped if together else torch.ones_like(dropped))
+    batches = [objective.batch(step, 0) for step in range(8)]
+    dropped, keep = (torch.cat([batch[at] for batch in batches]) for at in (-4, -1))
+    assert keep[~dropped].all()
+    assert least <= (~keep[dropped]).float().mean() <= most
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -182,7 +182,7 @@ def test_published_hyper_parameters() -> None:
                                "optim.clip_norm": 1.0, "optim.beta2": 0.95, "model.class_dropout": 0.1},
         "llamagen/c2i-3b-384": {"optim.lr": 2e-4, "model.block_size": 576, "model.dim": 3200, "data.batch_size": 16},
         "llamagen/vq-16": {"optim.lr": 1e-4, "loss.start_step": 20000, "loss.adversarial": 0.5},
-        "controlar/c2i-canny-b": {"optim.lr": 1e-4, "model.inject_layers": (0, 4, 8), "drop_together": True},
+        "controlar/c2i-canny-b": {"optim.lr": 1e-4, "model.inject_layers": (0, 4, 8), "drop_together": 1.0},
         "controlar/t2i-depth": {"optim.lr": 5e-5, "optim.schedule": "decay", "optim.decay": 0.5},
         "controlar/t2i-seg": {"optim.decay": 0.9, "model.inject_layers": (0, 12, 24)},
         "controlar/t2i-mr-hed": {"optim.lr": 1e-5, "model.block_size": 2304, "data.buckets.max_tokens": 2304},
