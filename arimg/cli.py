@@ -17,6 +17,7 @@ import click
 
 from arimg import __version__
 from arimg.errors import ArimgError, UnknownNameError
+from arimg.memory import keep_freed_memory
 
 COMMANDS = {
     "sample": "Paint pictures along control images.",
@@ -108,6 +109,7 @@ def fail(message: str, code: int) -> None:
 @click.version_option(__version__, prog_name="arimg")
 def main() -> None:
     """A control image goes in, an autoregressive model paints along its lines."""
+    keep_freed_memory()
     log = logging.getLogger("arimg")
     if not any(isinstance(handler, NoticeHandler) for handler in log.handlers):
         log.addHandler(NoticeHandler())

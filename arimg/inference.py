@@ -2,23 +2,76 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class PackedLinear(nn.Linear):
+    """nn.Linear with a copy of its weight in the order of oneDNN's kernels, for float32 on a CPU.
+
+    A product with few rows, which is what a pass of decoding consists of, then takes a third to a half of the time
+    (docs/bench.md), and a row's result does not depend on how many rows there are, to the last bit. The copy is not
+    saved, and not used where it is out of date, under autograd or in a compiled graph.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+        self.pack()
+
+    def pack(self) -> None:
+        """Copy the weight as it is now."""
+        self._packed: Tensor | None = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), None)
+        self._copied = (self.weight, _version(self.weight))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) to (..., out)."""
+        weight, version = self._copied
+        if (self._packed is None or weight is not self.weight or version != _version(weight)
+                or x.dtype != torch.float32 or torch.is_grad_enabled() or torch.compiler.is_compiling()):
+            return F.linear(x, self.weight, self.bias)
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
+        return out
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "PackedLinear":
+        self._packed = None         # the weight may move or change its precision
+        moved: PackedLinear = super()._apply(fn, recurse)
+        return moved
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_packed": None}        # copies of these have no storage
 
 
 def lay_out(network: nn.Module) -> nn.Module:
     """Store weights as their device reads them fastest. Returns the network.
 
-    On a CPU in float32, weights of Linear layers lie column by column: a product with 1 to 3 rows, which is what a pass
-    of plain decoding consists of, then takes 0.6 to 0.85 of the time, and wider ones take the same (docs/bench.md).
-    Other precisions and devices want rows. Modules with a method `lay_out` of their own do it themselves. Call it again
-    after a change of either.
+    On a CPU in float32, Linear layers become PackedLinear. Modules with a method `lay_out` of their own do it
+    themselves. Call it again after a change of device or precision, or of the weights.
     """
-    for module in network.modules():
-        if isinstance(module, nn.Linear):
-            weight = module.weight.data
-            by_columns = weight.device.type == "cpu" and weight.dtype == torch.float32
-            module.weight.data = weight.t().contiguous().t() if by_columns else weight.contiguous()
-        elif callable(own := getattr(module, "lay_out", None)):
+    packed: dict[nn.Linear, PackedLinear] = {}      # a layer in several places stays one layer
+    for module in list(network.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, PackedLinear):
+                if _packable(child):
+                    child.pack()
+            elif type(child) is nn.Linear and _packable(child):
+                if child not in packed:
+                    packed[child] = PackedLinear(child)
+                setattr(module, name, packed[child])
+        if callable(own := getattr(module, "lay_out", None)):
             own()
     return network
+
+
+def _version(weight: Tensor) -> int:
+    """How many times the values were written to; tensors of inference mode do not count."""
+    return -1 if weight.is_inference() else weight._version
+
+
+def _packable(linear: nn.Linear) -> bool:
+    weight = linear.weight
+    return weight.device.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -20,13 +21,15 @@ GEMM_SIDE = 1024
 READ_BYTES = 1 << 30
 SHOWN_OPERATORS = 10
 
-# torch's counter knows the attention kernels of GPUs only.
-_CPU_ATTENTION: dict[Any, Callable[..., int]] = {
+# Of CPUs' kernels torch's counter knows only some.
+_CPU_KERNELS: dict[Any, Callable[..., int]] = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
         lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
         lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v),
 }
+if torch.backends.mkldnn.is_available():
+    _CPU_KERNELS[torch.ops.mkldnn._linear_pointwise] = lambda x, weight, *_, **__: 2 * math.prod(x) * weight[0]
 
 
 def timed(device: torch.device, function: Callable[[], T]) -> tuple[float, T]:
@@ -130,7 +133,7 @@ def operator_table(title: str, operators: Sequence[Operator]) -> str:
 
 def count_flops(function: Callable[[], Any]) -> int:
     """FLOPs of the matrix products, convolutions and attention in one call, backward passes included."""
-    with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
+    with FlopCounterMode(display=False, custom_mapping=_CPU_KERNELS) as counter:
         function()
     return int(counter.get_total_flops())
 

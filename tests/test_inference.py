@@ -1,0 +1,89 @@
+"""Layers as they lie in memory for painting."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from arimg.inference import PackedLinear, lay_out
+
+pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+
+
+def pair(bias: bool = True) -> tuple[nn.Linear, PackedLinear]:
+    linear = nn.Linear(48, 80, bias)
+    packed = lay_out(nn.Sequential(copy.deepcopy(linear)))[0]
+    assert isinstance(packed, PackedLinear)
+    return linear, packed
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@torch.no_grad()
+def test_same_product(bias: bool) -> None:
+    linear, packed = pair(bias)
+    x = torch.randn(3, 5, 48)
+    torch.testing.assert_close(packed(x), linear(x), atol=1e-6, rtol=1e-5)
+    assert packed.state_dict().keys() == linear.state_dict().keys()
+
+
+@torch.no_grad()
+def test_a_row_does_not_depend_on_how_many_there_are() -> None:
+    _, packed = pair()
+    x_RC = torch.randn(65, 48)
+    whole = packed(x_RC)
+    for rows in (1, 2, 3, 8, 17, 64):
+        assert torch.equal(packed(x_RC[:rows]), whole[:rows])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", ["in place", "load", "assign", "double"])
+def test_a_copy_that_is_out_of_date_is_not_used(change: str) -> None:
+    linear, packed = pair()
+    other = nn.Linear(48, 80)
+    if change == "in place":
+        packed.weight.mul_(2)
+        linear.weight.mul_(2)
+    elif change == "double":
+        linear, packed = linear.double(), packed.double()
+    else:
+        linear = other
+        packed.load_state_dict(other.state_dict(), assign=change == "assign")
+    x = torch.randn(2, 48, dtype=linear.weight.dtype)
+    torch.testing.assert_close(packed(x), linear(x), atol=1e-6, rtol=1e-5)
+
+
+def test_it_learns() -> None:
+    linear, packed = pair()
+    x = torch.randn(2, 48)
+    packed(x).square().sum().backward()
+    linear(x).square().sum().backward()
+    assert packed.weight.grad is not None
+    torch.testing.assert_close(packed.weight.grad, linear.weight.grad)
+
+
+@torch.no_grad()
+def test_copies_of_the_layer() -> None:
+    _, packed = pair()
+    twin = lay_out(nn.Sequential(copy.deepcopy(packed)))[0]
+    twin.weight.zero_()
+    x = torch.randn(2, 48)
+    assert torch.equal(twin(x), packed.bias.expand(2, -1)) and not torch.equal(packed(x), twin(x))
+
+
+def test_a_layer_in_two_places_stays_one_layer() -> None:
+    shared = nn.Linear(4, 4)
+    network = lay_out(nn.ModuleList([nn.Sequential(shared), nn.Sequential(shared)]))
+    assert network[0][0] is network[1][0] and len(list(network.parameters())) == 2
+
+
+def test_other_precisions_stay_as_they_are() -> None:
+    assert type(lay_out(nn.Sequential(nn.Linear(4, 4).bfloat16()))[0]) is nn.Linear
+
+
+@torch.inference_mode()
+def test_inference_mode() -> None:
+    packed = lay_out(nn.Sequential(nn.Linear(4, 4)))[0]
+    assert packed(torch.ones(1, 4)).shape == (1, 4)
