@@ -235,6 +235,23 @@ def test_guidance_errors(wrong: dict[str, Any]) -> None:
         Guidance(**wrong)
 
 
+@pytest.mark.parametrize("from_below", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_top_p_breaks_ties_as_a_stable_sort_does(from_below: bool, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for top_p in (0.05, 0.3, 0.5, 0.77, 0.95):
+        logits_BWV = torch.randint(-2, 3, (20, 3, 17), generator=generator).to(dtype)
+        logits_BWV[0] = 0.0
+        logits_BWV[1, :, 4:] = float("-inf")
+        ranked_BWV, order_BWV = logits_BWV.sort(dim=-1, descending=not from_below, stable=True)
+        held_BWV = ranked_BWV.softmax(-1).cumsum(-1)
+        cut_BWV = held_BWV <= 1 - top_p if from_below else held_BWV.roll(1, -1) > top_p
+        cut_BWV[..., -1 if from_below else 0] = False
+        cut_BWV = torch.zeros_like(cut_BWV).scatter(-1, order_BWV, cut_BWV)
+        p_BWV = filter_probs(logits_BWV, Sampling(top_p=top_p), from_below)
+        torch.testing.assert_close(p_BWV, logits_BWV.masked_fill(cut_BWV, float("-inf")).softmax(-1), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("wrong", [{"temperature": -0.1}, {"temperature": float("nan")}, {"top_k": -1}, {"top_p": 2.0},
                                    {"top_p": 0.0}, {"top_p": float("nan")}])
 def test_sampling_errors(wrong: dict[str, Any]) -> None:
