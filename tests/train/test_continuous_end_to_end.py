@@ -39,9 +39,8 @@ HALF_A_PIXEL_STEP = 1 / 255         # of [-1, 1] in 8 bits
 HEAD = HeadConfig(width=96, layers=2, steps="ddim25")     # from t = 960: a short training does not reach the end
 ADAPTER = ControlConfig(embed_dim=48, depth=1, heads=4, ffn_hidden=96, patch=PATCH, stride=PATCH, dim=64, points=3,
                         types=("canny",))
-# MAR learns its positions, from 0.02 on, where the causal model has rotary ones; and it normalises tokens after z_proj,
-# so patches that differ in brightness alone look the same until positions and bias have grown. At the common rate the
-# model paints each token for itself: after 600 steps its loss is the same whatever tokens it is shown.
+# MAR learns its positions from nothing, where the causal model has rotary ones. It takes 1,000 steps to look at other
+# tokens at all; until then its loss is the same whatever it is shown, and F1 is 1.8 times the shuffled one.
 POSITIONS = {"*pos_embed*": 5.0, "*z_proj.bias": 5.0}
 
 
