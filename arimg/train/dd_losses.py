@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+_PAIR_VARIANCE, _PAIR_DISTANCE = 0.2, 0.5       # of pair_loss
+
 
 def squared_distance(tokens_NC: Tensor, target_NC: Tensor) -> Tensor:
     """|x - y|^2 per token, shape N."""
@@ -87,6 +89,15 @@ def reverse_kl_loss(q_NC: Tensor, fake_NC: Tensor, teacher_NC: Tensor, weight_N1
     """The alternative to CSD (distribution matching, Yin et al. 2024, arXiv:2311.18828): a loss whose gradient in q is
     w (f_fake - f_teacher), with no gradient through the networks."""
     return (weight_N1 * (fake_NC - teacher_NC).detach() * q_NC).sum(-1)
+
+
+def pair_loss(q_BLC: Tensor, codes_BL: Tensor, codebook_VC: Tensor) -> Tensor:
+    """Scalar: a generator's tokens q, made of the noise of pairs, against the codes of these. Cross entropy of the code
+    in q, taken for a code vector under noise of variance 0.2, and half of |q - c|^2. The distance alone is content with
+    the mean of codes that the generator cannot tell apart yet; the cross entropy alone lets q run past c."""
+    logits_BLV = (q_BLC @ codebook_VC.T - codebook_VC.square().sum(-1) / 2) / _PAIR_VARIANCE
+    entropy = F.cross_entropy(logits_BLV.flatten(0, 1), codes_BL.flatten())
+    return entropy + _PAIR_DISTANCE * squared_distance(q_BLC, codebook_VC[codes_BL]).mean()
 
 
 def sid_weight(q_NC: Tensor, teacher_NC: Tensor) -> Tensor:

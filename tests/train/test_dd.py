@@ -23,6 +23,7 @@ from arimg.pipeline import Pipeline
 from arimg.registry import OBJECTIVES
 from arimg.train.dd1 import DD1Objective
 from arimg.train.dd2 import DD2Objective, Turns
+from arimg.train.dd_losses import pair_loss
 from arimg.train.dd_scores import TuningObjective, fit_reader
 from arimg.train.loop import Trainer, train
 from arimg.train.pairs import PairMaker, PairsConfig, PairSet, make_pairs
@@ -193,6 +194,25 @@ def test_turns() -> None:
     turns = Turns(updates=3, align_at=6, align_steps=2, updates_after=2)
     assert [step for step in range(14) if turns.generator_trains(step)] == [2, 5, 9, 11, 13]
     assert [step for step in range(9) if Turns(updates=1).generator_trains(step)] == list(range(9))
+    turns = Turns(pairs_alone=2, updates=3, align_at=5, align_steps=1)
+    assert [step for step in range(10) if turns.generator_trains(step)] == [0, 1, 4, 7, 9]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pairs_come_before_scores(home: Path, kind: str) -> None:
+    config = run_of(home, "dd2", kind, init_from=tuned(home, kind), draws=1, optim={"steps": 3, "warmup_steps": 0},
+                    turns={"pairs_alone": 2, "updates": 1}, pair_weight=0.5)
+    objective = DD2Objective(config)
+    codes, noise, _, _, *conditions = objective.batch(0, 0)
+    request = objective.request(*conditions)
+    assert torch.equal(noise, starting_noise(request))
+    q = objective.tokens(objective.generator, noise, request)
+    first = objective.losses({"generator": objective.generator}, objective.batch(0, 0), 0)
+    assert torch.equal(first[0]["generator"], pair_loss(q, codes, objective.space.codebook_VC)) and len(first[0]) == 1
+    trainer = Trainer(config, objective)
+    trainer.train_mode()
+    assert ["guidance_loss" in trainer.train_step() for _ in range(3)] == [False, False, True]
+    assert {name: learner.updates for name, learner in trainer.learners.items()} == {"generator": 3, "guidance": 1}
 
 
 def test_the_generator_takes_its_average_for_the_alignment(home: Path) -> None:
@@ -219,6 +239,9 @@ def test_the_generator_takes_its_average_for_the_alignment(home: Path) -> None:
     ("dd2", "raster", {}, "give the folder tuned"),
     ("dd2", "raster", {"init_from": "x", "loss": "cds"}, "unknown loss 'cds'; did you mean csd"),
     ("dd2", "raster", {"init_from": "x", "turns": {"updates": 0}}, "at least 1 update"),
+    ("dd2", "raster", {"init_from": "x", "turns": {"pairs_alone": 3, "align_at": 2}}, "write align_at=3 or more"),
+    ("dd2", "raster", {"init_from": "x", "turns": {"pairs_alone": 3}}, "write pair_weight=1"),
+    ("dd2", "raster", {"init_from": "x", "pair_weight": -1.0}, "is a number >= 0"),
     ("dd2-tuning", "raster", {"loss": "gt"}, "unknown loss 'gt'; did you mean gts"),
     ("dd2-tuning", "raster", {"t_min": 0.0}, "a time in"),
 ])

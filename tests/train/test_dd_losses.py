@@ -14,8 +14,9 @@ from arimg.accel.flow import FlowSolver, nearest
 from arimg.models.diffusion_head import HeadMLP
 from arimg.models.generators import ARGenerator
 from arimg.tokenizers.vq import VQSpace
-from arimg.train.dd_losses import (denoised, fake_score_loss, ground_truth_score_loss, noised, perceptual_input,
-                                   reverse_kl_loss, score_distillation_loss, sid_weight, student_losses)
+from arimg.train.dd_losses import (denoised, fake_score_loss, ground_truth_score_loss, noised, pair_loss,
+                                   perceptual_input, reverse_kl_loss, score_distillation_loss, sid_weight,
+                                   student_losses)
 from tests.chi_square import total_variation
 from tests.models.toy import toy_classes, toy_model
 from tests.models.toy_students import LATENTS, perturb, toy_latents
@@ -37,6 +38,19 @@ def test_student_losses_count_noise_tokens_on_their_side_of_the_split() -> None:
     seen = perceptual_input(latents + 9, codes, CODES, clean, 3)
     assert bool((seen[0, 3:] == 9).all() and (seen[1, 4:] == 9).all())
     assert torch.equal(seen[0, :3], CODES[codes[0, :3]]) and torch.equal(seen[1, :4], CODES[codes[1, :4]])
+
+
+def test_the_loss_on_pairs_tells_codes_apart() -> None:
+    """Its entropy is that of the nearest codes, and where the distance is content, between two codes that follow from
+    the noise, it still asks which."""
+    q, codes = torch.randn(2, 3, 2, generator=torch.Generator().manual_seed(0)), torch.tensor([[0, 1, 2], [3, 3, 0]])
+    squared = (q[..., None, :] - CODES).square().sum(-1)
+    wanted = nn.functional.cross_entropy(-squared.flatten(0, 1) / 0.4, codes.flatten())
+    wanted = wanted + 0.5 * squared.gather(-1, codes[..., None]).mean()
+    assert float(pair_loss(q, codes, CODES)) == pytest.approx(float(wanted), rel=1e-5)
+    book = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
+    losses = [float(pair_loss(torch.tensor([[[x, 0.0], [-x, 0.0]]]), torch.tensor([[0, 1]]), book)) for x in (0, 0.1)]
+    assert losses[0] - losses[1] > 0.4, "the distance alone would gain 0.1"
 
 
 def test_a_student_learns_the_map_of_the_flow() -> None:
