@@ -20,7 +20,7 @@ from tests.train.shrink import fake_extractors, fill_caches, shrink, write_toys
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 RECIPES = sorted((CONFIGS / "train").rglob("*.yaml"))
 EVALUATIONS = sorted((CONFIGS / "eval").rglob("*.yaml"))
-COUNTS = {"emoji": 5, "llamagen": 15, "controlar": 11, "var": 1, "mar": 4, "dd": 10}
+COUNTS = {"emoji": 6, "llamagen": 15, "controlar": 11, "var": 1, "mar": 4, "dd": 10}
 
 
 def name_of(path: Path) -> str:
