@@ -97,15 +97,16 @@ class Pipeline:
         if quantize is not None:
             transformer = quantized(transformer, quantize)
         tokenizer = load_component(folder / "tokenizer", kind if exported else _at_least_float32(kind), place)
-        lay_out(getattr(tokenizer, "decoder", tokenizer))
         wanted = set(index.second_networks)
         if decoders is not None:
             wanted &= {second_network(DECODERS.load(name)) for name in {*decoders, index.settings.decoder}}
         own_kind = next(transformer.parameters()).dtype         # an exported transformer's is float32
-        return cls(tokenizer, lay_out(transformer),
-                   load_component(folder / "control", own_kind, place) if "control" in index.components else None,
-                   encoder, index.settings,
-                   {name: load_component(folder / SECOND / name, kind, place) for name in sorted(wanted)})
+        pipeline = cls(tokenizer, transformer,
+                       load_component(folder / "control", own_kind, place) if "control" in index.components else None,
+                       encoder, index.settings,
+                       {name: load_component(folder / SECOND / name, kind, place) for name in sorted(wanted)})
+        pipeline._lay_out()
+        return pipeline
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write a pipeline folder, or nothing. Raises CheckpointError."""
@@ -145,9 +146,14 @@ class Pipeline:
                     part.to(_at_least_float32(target) if name == "tokenizer" else target)
                 else:
                     part.to(find_device(target))
-        for part in (self.transformer, getattr(self.tokenizer, "decoder", self.tokenizer)):
-            lay_out(part)
+        self._lay_out()
         return self
+
+    def _lay_out(self) -> None:
+        painters = (self.transformer, getattr(self.tokenizer, "decoder", self.tokenizer), self.control)
+        for network in (*painters, *self.decoders.values()):
+            if network is not None:
+                lay_out(network)
 
     @torch.no_grad()
     def __call__(self, control: Any = None, **options: Any) -> Any:

@@ -51,7 +51,7 @@ def test_a_folder_lists_them(folder: Path) -> None:
     content = json.loads((folder / INDEX).read_text())
     assert content["decoders"] == {"dd1": ["arimg.hub", "ARStudent"], "dd2": ["arimg.hub", "ARGenerator"]}
     assert read_index(folder).second_networks == ("dd1", "dd2")
-    again, written = Pipeline.from_pretrained(folder, dtype="float32"), with_students(toy_pipeline())
+    again, written = Pipeline.from_pretrained(folder, dtype="float32"), with_students(toy_pipeline()).to("cpu")
     for decoder in ("dd1", "dd2"):
         ours, theirs = (one(decoder=decoder, control=control_map(), **OPTIONS) for one in (again, written))
         assert torch.equal(ours.codes, theirs.codes) and torch.equal(ours.latents, theirs.latents)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.parity.fixture import Fixture
-from tests.parity.test_parity import CHECKERS, family
+from tests.parity.test_parity import family
 
 
 def fixture(**rule: object) -> Fixture:
@@ -49,6 +49,7 @@ def test_every_output_must_be_compared() -> None:
 
 
 def test_families() -> None:
-    assert family("llamagen_gpt_c2i_wide", CHECKERS) == "llamagen_gpt"
-    assert family("controlar_t2i", CHECKERS) == "controlar"
-    assert family("llamagen_other", CHECKERS) is None and family("dd1_other", {"dd1_": "all"}) == "all"
+    assert family("llamagen_gpt_c2i_wide") == "llamagen_gpt"
+    assert family("controlar_t2i") == "controlar"
+    assert family("mar_head_toy") == "mar_head" and family("mar_head_sampling_toy") == "mar_head_sampling"
+    assert family("llamagen_other") is None
