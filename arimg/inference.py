@@ -30,12 +30,14 @@ class PackedLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) to (..., out)."""
-        weight, version = self._copied
-        if (self._packed is None or weight is not self.weight or version != _version(weight)
-                or x.dtype != torch.float32 or torch.is_grad_enabled() or torch.compiler.is_compiling()):
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or x.dtype != torch.float32 or self._stale():
             return F.linear(x, self.weight, self.bias)
         out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
         return out
+
+    def _stale(self) -> bool:
+        weight, version = self._copied
+        return self._packed is None or weight is not self.weight or version != _version(weight)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "PackedLinear":
         self._packed = None         # the weight may move or change its precision

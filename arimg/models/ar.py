@@ -297,7 +297,8 @@ class ARTransformer(nn.Module):
         """logits_RWV; with a tied codebook head(h) + scale * (P h) . codebook."""
         logits_RWV = self.output(h_RWD)
         if self.config.codebook_dim is not None:
-            logits_RWV = logits_RWV + self.codebook_scale * F.linear(self.codebook_out(h_RWD), self.codebook)
+            vectors_RWC = (self.codebook_scale * self.codebook_out(h_RWD)).to(logits_RWV.dtype)
+            logits_RWV.flatten(0, 1).addmm_(vectors_RWC.flatten(0, 1), self.codebook.t().to(logits_RWV.dtype))
         return logits_RWV
 
     def forward(self, codes_BL: Tensor, condition: Condition, grid: tuple[int, int], inject_KBLD: Tensor | None = None,

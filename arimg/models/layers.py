@@ -9,7 +9,7 @@ import logging
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -54,7 +54,8 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Same shape as `x`."""
-        return self.dropout(self.w2(F.silu(self.w1(x)) * self.w3(x)))
+        gate = F.silu(self.w1(x), inplace=not torch.is_grad_enabled())
+        return self.dropout(self.w2(gate * self.w3(x)))
 
 
 class MLP(nn.Module):
@@ -88,25 +89,15 @@ def rotary_table_2d(cells_N: Tensor, width: int, head_dim: int, base: float, pre
     return torch.cat([first_PF2, table_NF2])
 
 
-class Turn(NamedTuple):
-    """A rotary table spread over the channels once per pass: (a, b) -> (a, b) * cos + (b, a) * sin for each pair."""
-
-    cos_RW1E: Tensor
-    sin_RW1E: Tensor        # -sin, sin, -sin, sin ...
-
-    @classmethod
-    def by(cls, table_RWF2: Tensor) -> "Turn":
-        """The turn by the angles of a rotary table."""
-        cos_RWF, sin_RWF = table_RWF2.unbind(-1)
-        return cls(cos_RWF.repeat_interleave(2, -1)[:, :, None],
-                   torch.stack([-sin_RWF, sin_RWF], dim=-1).flatten(-2)[:, :, None])
-
-
-def rotate(x_RWHE: Tensor, turn: Turn) -> Tensor:
+def rotate(x_RWHE: Tensor, table_RWF2: Tensor) -> Tensor:
     """Rotate the interleaved channel pairs (2i, 2i+1) by the angles of the table, in float32 (Su et al. 2021)."""
-    wide_RWHE = at_least_float32(x_RWHE)
-    swapped_RWHE = wide_RWHE.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
-    return torch.addcmul(wide_RWHE * turn.cos_RW1E, swapped_RWHE, turn.sin_RW1E).to(x_RWHE.dtype)
+    pairs_RWHF2, table_RW1F2 = at_least_float32(x_RWHE).unflatten(-1, (-1, 2)), table_RWF2[:, :, None]
+    if torch.compiler.is_compiling():       # which makes one kernel of this; of complex numbers it makes none
+        (a, b), (cos, sin) = pairs_RWHF2.unbind(-1), table_RW1F2.unbind(-1)
+        turned_RWHF2 = torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1)
+    else:
+        turned_RWHF2 = torch.view_as_real(torch.view_as_complex(pairs_RWHF2) * torch.view_as_complex(table_RW1F2))
+    return turned_RWHF2.flatten(-2).to(x_RWHE.dtype)
 
 
 @dataclass(frozen=True)
@@ -115,7 +106,7 @@ class Window:
 
     cache: Cache | SequenceCache
     slots_RW: Tensor
-    turn: Turn
+    table_RWF2: Tensor              # rotary
     mask_R1WS: Tensor | None        # None = plain causal over the pass itself
     extent: int                     # number of leading slots that the pass reads
 
@@ -165,7 +156,7 @@ class Cache:
         mask_RWS = self.readable_RS[:rows, None, :extent] & before_RWS | (columns_S == slots_RW[..., None])
         if mask_RWW is not None:
             mask_RWS.scatter_(2, slots_RW[:, None].expand(-1, width, -1), mask_RWW)
-        return Window(self, slots_RW, Turn.by(self.rope_SF2[at_RW]), mask_RWS[:, None], extent)
+        return Window(self, slots_RW, self.rope_SF2[at_RW], mask_RWS[:, None], extent)
 
     def exchange(self, layer: int, window: Window, keys_RWGE: Tensor, values_RWGE: Tensor) -> tuple[Tensor, Tensor]:
         """Write by slot, return the slots that the pass reads."""
@@ -193,7 +184,7 @@ class SequenceCache:
             diagonal_WW = torch.eye(width, dtype=torch.bool, device=slots_RW.device)
             mask_RWW = causal_WW & self.real_RS[:, None, :width] | diagonal_WW
         mask_R1WW = None if mask_RWW is None else mask_RWW[:, None]
-        return Window(self, slots_RW, Turn.by(self.rope_SF2[None, :width]), mask_R1WW, width)
+        return Window(self, slots_RW, self.rope_SF2[None, :width], mask_R1WW, width)
 
     def exchange(self, layer: int, window: Window, keys_RWGE: Tensor, values_RWGE: Tensor) -> tuple[Tensor, Tensor]:
         """The pass reads its own keys and values."""
@@ -214,7 +205,7 @@ class Attention(nn.Module):
         """(R, W, D)."""
         qkv_RWNE = self.wqkv(x_RWD).unflatten(-1, (-1, self.head_dim))
         qk_RWNE, v_RWGE = qkv_RWNE.split([self.heads + self.kv_heads, self.kv_heads], dim=2)
-        q_RWHE, k_RWGE = rotate(qk_RWNE, window.turn).split([self.heads, self.kv_heads], dim=2)
+        q_RWHE, k_RWGE = rotate(qk_RWNE, window.table_RWF2).split([self.heads, self.kv_heads], dim=2)
         k_RGSE, v_RGSE = window.exchange(self.layer, k_RWGE, v_RWGE)
         q_RHWE = q_RWHE.to(k_RGSE.dtype).transpose(1, 2)
         out_RHWE = attention(q_RHWE, k_RGSE, v_RGSE, window.mask_R1WS, causal=window.mask_R1WS is None, backend=backend)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from arimg.errors import UnknownNameError
 from arimg.models import layers
-from arimg.models.layers import Cache, RMSNorm, SwiGLU, Turn, attention, rotary_table_2d, rotate
+from arimg.models.layers import Cache, RMSNorm, SwiGLU, attention, rotary_table_2d, rotate
 
 
 def qkv(heads: int = 4, groups: int = 4, queries: int = 5, keys: int = 5) -> tuple[Tensor, Tensor, Tensor]:
@@ -50,7 +50,7 @@ def test_rotary_angles_by_hand() -> None:
 
 def test_rotate_turns_interleaved_pairs() -> None:
     quarter = torch.tensor([0.0, 1.0]).expand(1, 1, 2, 2)             # cos 0, sin 1 for both pairs
-    assert torch.equal(rotate(torch.tensor([1.0, 2.0, 3.0, 4.0]).view(1, 1, 1, 4), Turn.by(quarter)).flatten(),
+    assert torch.equal(rotate(torch.tensor([1.0, 2.0, 3.0, 4.0]).view(1, 1, 1, 4), quarter).flatten(),
                        torch.tensor([-2.0, 1.0, -4.0, 3.0]))
 
 
@@ -59,8 +59,8 @@ def test_rotary_scores_depend_on_offsets_only() -> None:
     table = rotary_table_2d(torch.arange(30), width=6, head_dim=16, base=10000.0, prefix=0, identity=False)
 
     def score(a: int, b: int) -> Tensor:
-        return rotate(q.view(1, 1, 1, 16), Turn.by(table[None, a:a + 1])).flatten() @ rotate(
-            k.view(1, 1, 1, 16), Turn.by(table[None, b:b + 1])).flatten()
+        return rotate(q.view(1, 1, 1, 16), table[None, a:a + 1]).flatten() @ rotate(
+            k.view(1, 1, 1, 16), table[None, b:b + 1]).flatten()
     torch.testing.assert_close(score(1 * 6 + 1, 2 * 6 + 4), score(3 * 6 + 2, 4 * 6 + 5), rtol=0, atol=1e-5)
     assert (score(1 * 6 + 1, 2 * 6 + 4) - score(1 * 6 + 1, 4 * 6 + 2)).abs() > 1e-2
 

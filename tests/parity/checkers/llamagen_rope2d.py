@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from arimg.models.layers import Turn, rotary_table_2d, rotate
+from arimg.models.layers import rotary_table_2d, rotate
 from tests.parity.fixture import Fixture
 
 
@@ -17,4 +17,4 @@ def check(fixture: Fixture) -> None:
         fixture.compare(f"out.table_{index}", table_SF2)
         if f"out.rotated_{index}" in fixture:
             x = fixture[f"in.x_{index}"] if f"in.x_{index}" in fixture else fixture["in.x"]
-            fixture.compare(f"out.rotated_{index}", rotate(x, Turn.by(table_SF2[None])))
+            fixture.compare(f"out.rotated_{index}", rotate(x, table_SF2[None]))
