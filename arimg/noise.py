@@ -8,8 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 _MASK = 0xFFFFFFFF
@@ -33,18 +36,32 @@ class Purpose(IntEnum):
     POSTERIOR = 9   # samples of an autoencoder's posterior
 
 
-def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-    """Four 32-bit words (int64 tensors in [0, 2**32)) for broadcastable counter and key words."""
-    c0, c1, c2, c3 = counter
-    rounds = torch.arange(_ROUNDS, device=c0.device).view(-1, *[1] * c0.ndim)
-    keys = zip(*((word + rounds * step).unbind() for word, step in zip(key, _WEYL)))
-    for k0, k1 in keys:
-        # c1, c3 and the shifted products carry bits above 32 that mean nothing, until the mask
-        low0, low1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0, c2 = ((low >> 32).bitwise_xor_(word).bitwise_xor_(k).bitwise_and_(_MASK)
-                  for low, word, k in ((low1, c1, k0), (low0, c3, k1)))
-        c1, c3 = low1, low0
-    return c0, c1 & _MASK, c2, c3 & _MASK
+Words = TypeVar("Words", Tensor, NDArray[np.int64])
+
+
+def philox(even: Words, odd: Words, key: Words) -> tuple[Words, Words]:
+    """Words 0 and 2, and words 1 and 3, of each block: 32 bits in int64. Inputs are pairs, (2, ...), that broadcast to
+    the output: counter words 0 and 2, counter words 1 and 3, key words 0 and 1."""
+    multipliers, weyl = (_like(pair, even) for pair in (_MULTIPLIERS, _WEYL))
+    for _ in range(_ROUNDS):
+        products = _swapped(even * multipliers)
+        even = (products >> 32) ^ odd       # bits above 32 mean nothing, until the mask
+        even ^= key
+        even &= _MASK
+        odd, key = products, key + weyl
+    return even, odd & _MASK
+
+
+def _like(pair: tuple[int, int], words: Words) -> Words:
+    """(2, 1, ...) of the kind of `words`."""
+    shape = (2, *[1] * (words.ndim - 1))
+    if isinstance(words, Tensor):
+        return torch.tensor(pair, device=words.device).view(shape)
+    return np.array(pair).reshape(shape)
+
+
+def _swapped(pair: Words) -> Words:
+    return pair.flip(0) if isinstance(pair, Tensor) else pair[::-1]
 
 
 @dataclass(frozen=True)
@@ -53,13 +70,16 @@ class CounterNoise:
 
     def words(self, seeds_B: Tensor, positions_BW: Tensor, count: int, purpose: Purpose, draw: int = 0) -> Tensor:
         """(B, W, count) int64 words in [0, 2**32)."""
-        blocks = torch.arange((count + 3) // 4, device=positions_BW.device)
-        zero = torch.zeros_like(positions_BW)[..., None]
-        counter = (blocks + zero, positions_BW[..., None] + 0 * blocks, zero + (int(purpose) & _MASK) + 0 * blocks,
-                   zero + (draw & _MASK) + 0 * blocks)
-        seeds = seeds_B.to(positions_BW.device)[:, None, None]
-        words = philox(counter, (seeds & _MASK, (seeds >> 32) & _MASK))
-        return torch.stack(words, dim=-1).flatten(-2)[..., :count]
+        blocks_N = torch.arange((count + 3) // 4, device=positions_BW.device)
+        seeds_B = seeds_B.to(positions_BW.device)
+        even = torch.stack([blocks_N, torch.full_like(blocks_N, purpose)])[:, None, None]
+        odd = torch.stack([positions_BW, torch.full_like(positions_BW, draw)])[..., None]
+        key = torch.stack([seeds_B & _MASK, (seeds_B >> 32) & _MASK])[..., None, None]
+        if positions_BW.device.type == "cpu":       # numpy needs a third of torch's time for small arrays
+            even, odd = map(torch.from_numpy, philox(even.numpy(), odd.numpy(), key.numpy()))
+        else:
+            even, odd = philox(even, odd, key)
+        return torch.stack([even[0], odd[0], even[1], odd[1]], dim=-1).flatten(-2)[..., :count]
 
     def uniform(self, seeds_B: Tensor, positions_BW: Tensor, count: int, purpose: Purpose, draw: int = 0) -> Tensor:
         """(B, W, count) float32 in (0, 1]; values near 0 keep 32 bits of resolution."""

@@ -27,6 +27,7 @@ from arimg.interop.llamagen import ar_config_from_llamagen, transformer_from_lla
 from arimg.interop.vq import vq_from_llamagen
 from arimg.models.ar import ARConfig, ARTransformer
 from arimg.models.base import Condition
+from arimg.threads import cpu_threads, decode_threads
 from arimg.tokenizers.vq import VQConfig, VQTokenizer
 from arimg.train.optim import build_optimizer
 from arimg.train.run import OptimConfig
@@ -134,7 +135,8 @@ class ARPair:
         assert tokens % width == 0, (tokens, width)
         request = DecodeRequest(Condition(class_ids_B=torch.tensor([class_id])), (tokens // width, width),
                                 torch.tensor([0]), guidance=Guidance(cfg))
-        codes_BL = PlainAR().decode(Target(self.ours, request), request).codes_BL
+        with cpu_threads(decode_threads(self.ours, positions=2)):
+            codes_BL = PlainAR().decode(Target(self.ours, request), request).codes_BL
         assert codes_BL is not None
         return codes_BL
 
