@@ -17,7 +17,9 @@ import logging
 import warnings
 from collections.abc import Callable, Mapping
 from functools import cache
+from itertools import count
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 import torch.nn.functional as F
@@ -68,20 +70,60 @@ class WeightOnlyLinear(nn.Module):
                               "quantize when it is loaded")
 
 
+class PackedWeight:
+    """The weight of one layer as a kernel of torch wants it, and the product with it. The weight is no tensor, so
+    compiled graphs know it by a number; copies of a layer share it."""
+
+    def __init__(self, product: Callable[[Tensor], Tensor], outputs: int) -> None:
+        _define_product()
+        self.product, self.outputs, self.number = product, outputs, next(_NUMBERS)
+        _PACKED[self.number] = self
+
+    def __call__(self, x_MK: Tensor) -> Tensor:
+        """(M, N), float32 in and out."""
+        if torch.compiler.is_compiling():
+            out_MN: Tensor = torch.ops.arimg.packed_product(x_MK, self.number, self.outputs)
+            return out_MN
+        return self.product(x_MK)
+
+    def __deepcopy__(self, memo: Any) -> PackedWeight:
+        return self
+
+
+_NUMBERS = count()
+_PACKED: WeakValueDictionary[int, PackedWeight] = WeakValueDictionary()
+
+
+@cache
+def _define_product() -> torch.library.Library:
+    """torch.ops.arimg.packed_product, for as long as what it returns lives."""
+    library = torch.library.Library("arimg", "FRAGMENT")
+    library.define("packed_product(Tensor x, int number, int outputs) -> Tensor")
+    library.impl("packed_product", lambda x_MK, number, outputs: _PACKED[number].product(x_MK), "CPU")
+    library.impl("packed_product", lambda x_MK, number, outputs: x_MK.new_empty(len(x_MK), outputs), "Meta")
+    return library
+
+
 class HalfLinear(WeightOnlyLinear):
     """Weights in float16, activations and sums in float32; weights beyond 65504 become that."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__(linear, bits=16)
         weight_NK = linear.weight.detach().float().clamp(-65504, 65504)
-        self.packed = torch.ops.quantized.linear_prepack_fp16(weight_NK, None) if _runs("fp16") else weight_NK.half()
+        self.packed = _pack_fp16(weight_NK) if _runs("fp16") else None
+        self.weight_NK = weight_NK.half() if self.packed is None else None
 
     def product(self, x_MK: Tensor) -> Tensor:
         """See WeightOnlyLinear."""
-        if isinstance(self.packed, Tensor):
-            return F.linear(x_MK.float(), self.packed.float())
-        out_MN: Tensor = torch.ops.quantized.linear_dynamic_fp16(x_MK.float(), self.packed)
-        return out_MN
+        if self.packed is not None:
+            return self.packed(x_MK.float())
+        assert self.weight_NK is not None
+        return F.linear(x_MK.float(), self.weight_NK.float())
+
+
+def _pack_fp16(weight_NK: Tensor) -> PackedWeight:
+    packed = torch.ops.quantized.linear_prepack_fp16(weight_NK, None)
+    return PackedWeight(lambda x_MK: torch.ops.quantized.linear_dynamic_fp16(x_MK, packed), len(weight_NK))
 
 
 class Int8Linear(WeightOnlyLinear):
@@ -107,23 +149,25 @@ class Int8Linear(WeightOnlyLinear):
         return F.linear(x_MK.float(), self.codes_NK.float()) * self.scale_N
 
 
-def _pack_int8(codes_NK: Tensor, scale_N: Tensor) -> Any:
-    """The weights as torch.ops.quantized wants them. torch means to drop such tensors one day and says so."""
+def _pack_int8(codes_NK: Tensor, scale_N: Tensor) -> PackedWeight:
+    """Its input is whole numbers of 7 bits, its sums are exact. torch means to drop such tensors one day and says
+    so."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         zeros_N = torch.zeros(len(scale_N), dtype=torch.int64)
         weight_NK = torch._make_per_channel_quantized_tensor(codes_NK, scale_N.double(), zeros_N, 0)
-        return torch.ops.quantized.linear_prepack(weight_NK, None)
+        packed = torch.ops.quantized.linear_prepack(weight_NK, None)
+    product = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
+    return PackedWeight(lambda digits_MK: product(digits_MK, 1.0, _ZERO, packed), len(scale_N))
 
 
-def _product_int8(x_MK: Tensor, packed: Any) -> Tensor:
+def _product_int8(x_MK: Tensor, packed: PackedWeight) -> Tensor:
     """float32 (M, N) by the two digits of every number."""
     step_M1 = torch.linalg.vector_norm(x_MK, torch.inf, dim=1, keepdim=True).clamp_min(1e-30) / _DIGIT
     steps_MK = x_MK / step_M1
     high_MK = steps_MK.round()
     digits_JK = torch.cat([high_MK, (steps_MK - high_MK) * (2 * _DIGIT)])       # J = 2M
-    high_MN, low_MN = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
-        digits_JK, 1.0, _ZERO, packed).chunk(2)
+    high_MN, low_MN = packed(digits_JK).chunk(2)
     return torch.add(high_MN, low_MN, alpha=1 / (2 * _DIGIT)).mul_(step_M1)
 
 
@@ -180,6 +224,10 @@ def quantize(network: nn.Module, name: str) -> nn.Module:
     if next(network.parameters()).device.type != "cpu":
         raise InputError(f"--quantize {name}: is made for CPUs, and the model is on "
                          f"{next(network.parameters()).device}; leave it out, or add --device cpu")
+    for module in list(blocks.modules()):
+        linears = [child for child in module.children() if isinstance(child, nn.Linear)]
+        if callable(merge := getattr(module, "merge", None)) and all(_fits(linear, name) for linear in linears):
+            merge()
     for parent in [module for block in blocks for module in block.modules()]:
         for key, child in list(parent.named_children()):
             if isinstance(child, nn.Linear) and _fits(child, name):
@@ -217,8 +265,7 @@ def _runs(kernel: str) -> bool:
 
 
 def _try_fp16() -> None:
-    packed = torch.ops.quantized.linear_prepack_fp16(torch.ones(16, GROUP), None)
-    torch.ops.quantized.linear_dynamic_fp16(torch.ones(1, GROUP), packed)
+    _pack_fp16(torch.ones(16, GROUP))(torch.ones(1, GROUP))
 
 
 def _try_int8() -> None:

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import torch
 
-from arimg.bench.exported import bench_painting, exported_sides, quantised_side
+from arimg.bench.exported import bench_painting, exported_sides, quantised_sides
 from arimg.bench.original import ar_pair, load_llamagen, vq_pair
 from arimg.bench.original_mar import bench_generation, load_mar, mar_pair
 from arimg.bench.side_by_side import bench_decoding, bench_pixels, bench_training, to_markdown
+from arimg.memory import keep_freed_memory
 from arimg.presets import AR_PRESETS
 from arimg.tokenizers.vq import VQConfig
 
@@ -35,7 +36,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=256, help="of decoding [default: 256]")
     parser.add_argument("--steps", type=int, default=64, help="of generation by MAR [default: 64]")
     parser.add_argument("--cfg", type=float, default=2.0, help="of decoding [default: 2]")
-    parser.add_argument("--quantize", nargs="*", default=[], metavar="int8|int4", help="of our weights, for decoding")
+    parser.add_argument("--quantize", nargs="*", default=[], metavar="fp16|int8|int4",
+                        help="of our weights, for decoding")
+    parser.add_argument("--compile", action="store_true", help="the quantised networks through torch.compile as well")
     parser.add_argument("--export", nargs="*", default=[], metavar="onnx|openvino",
                         help="with --paint: our networks on these runtimes as well")
     parser.add_argument("--weights", nargs="*", default=["int8"], metavar="float32|int8|int4",
@@ -44,6 +47,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, help="[default: torch's]")
     arguments = parser.parse_args()
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")     # the profiler's own chatter
+    keep_freed_memory()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     if arguments.mar:
@@ -62,14 +66,15 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as folder:
                 others = {}
                 for name in arguments.quantize:
-                    others |= quantised_side(pair, pixels, name)
+                    others |= quantised_sides(pair, pixels, name, arguments.compile)
                 for name in arguments.export:
                     others |= exported_sides(pair, pixels, name, Path(folder) / name, arguments.weights)
                 report = bench_painting(pair, pixels, arguments.tokens, arguments.cfg, arguments.turns, others)
         elif arguments.train:
             report = bench_training(pair, arguments.batch, arguments.turns, arguments.bf16)
         else:
-            report = bench_decoding(pair, arguments.tokens, arguments.cfg, arguments.turns, arguments.quantize)
+            report = bench_decoding(pair, arguments.tokens, arguments.cfg, arguments.turns, arguments.quantize,
+                                    arguments.compile)
     print(to_markdown(report))
 
 

@@ -3,22 +3,19 @@ exported."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
 from arimg.bench.machine import ReadClock, describe
 from arimg.bench.original import ARPair, VQPair
-from arimg.bench.side_by_side import CPU, OURS, THEIRS, Comparison, Phases, Side, compare
+from arimg.bench.side_by_side import CPU, OURS, THEIRS, Comparison, Phases, Side, compare, quantised_pairs
 from arimg.checkpoints import load_component
 from arimg.export import export_component
-from arimg.models.ar import ARTransformer
-from arimg.quantize import quantize
 
 CLASS_ID = 7
 
@@ -36,10 +33,10 @@ def exported_sides(codes: ARPair, pixels: VQPair, runtime: str, folder: Path,
     return sides
 
 
-def quantised_side(codes: ARPair, pixels: VQPair, name: str) -> dict[str, tuple[ARPair, VQPair]]:
-    """Ours with quantised weights, without extras."""
-    small = cast(ARTransformer, quantize(copy.deepcopy(codes.ours), name))
-    return {f"{OURS} {name}": (replace(codes, ours=small), pixels)}
+def quantised_sides(codes: ARPair, pixels: VQPair, name: str,
+                    compiled: bool = False) -> dict[str, tuple[ARPair, VQPair]]:
+    """Ours with quantised weights, without extras; `compiled`: and through torch.compile."""
+    return {side: (pair, pixels) for side, pair in quantised_pairs(codes, name, compiled).items()}
 
 
 @torch.no_grad()
@@ -80,8 +77,8 @@ def _phases(draw: Any, paint: Any) -> Phases:
 
 
 def _read(name: str, blocks: int, head: int) -> float:
-    """Bytes of weights per token; the head of int4 has 8 bits, that of torch's quantised networks the full 32."""
-    form = name.split()[-1]
-    width = {"int8": 1.0, "int4": 0.5}.get(form, 4.0)
-    head_width = 4.0 if name.startswith(OURS) else max(width, 1.0)
+    """Bytes of weights per token; an exported int4 network has a head of 8 bits, torch's quantised ones of 16."""
+    runtime, form = (*name.split(), "float32")[:2]
+    width = {"fp16": 2.0, "int8": 1.0, "int4": 0.5}.get(form, 4.0)
+    head_width = max(width, 2.0 if runtime == OURS else 1.0)
     return blocks * width + head * head_width

@@ -137,15 +137,16 @@ def _loss_difference(pair: ARPair, codes_BL: torch.Tensor, class_ids_B: torch.Te
 
 
 @torch.no_grad()
-def bench_decoding(pair: ARPair, tokens: int, cfg: float, turns: int, formats: Sequence[str] = ()) -> Comparison:
+def bench_decoding(pair: ARPair, tokens: int, cfg: float, turns: int, formats: Sequence[str] = (),
+                   compiled: bool = False) -> Comparison:
     """Plain decoding of one picture of `tokens` tokens; ours also with weights quantised to each of `formats`, the rest
-    in float32."""
+    in float32, and if `compiled` these through torch.compile as well."""
     pair.eval()
     runs: dict[str, Phases] = {THEIRS: {"codes": lambda: pair.their_codes(7, tokens, cfg)},
                                OURS: {"codes": lambda: pair.our_codes(7, tokens, cfg)}}
     for name in formats:
-        small = replace(pair, ours=cast(ARTransformer, quantize(copy.deepcopy(pair.ours), name).float()))
-        runs[f"{OURS} {name}"] = {"codes": partial(small.our_codes, 7, tokens, cfg)}
+        for side, small in quantised_pairs(pair, name, compiled).items():
+            runs[side] = {"codes": partial(small.our_codes, 7, tokens, cfg)}
     read = weight_sizes(pair.ours)[0]
     clock = ReadClock(CPU)
     laps = compare(runs, [clock.measure], turns)
@@ -155,6 +156,18 @@ def bench_decoding(pair: ARPair, tokens: int, cfg: float, turns: int, formats: S
                       f" reading 1 GiB, per thread: {clock.cpu_rate / 1e9:.1f} GB/s, "
                       f"so a token takes {read / clock.cpu_rate * 1e3:.1f} ms of processor time at least",
                       "each draws its own codes", _sides(laps, tokens * read / clock.cpu_rate, runs))
+
+
+def quantised_pairs(pair: ARPair, name: str, compiled: bool) -> dict[str, ARPair]:
+    """Our side with quantised weights, the rest in float32; `compiled`: the same through torch.compile as well."""
+    def small() -> ARTransformer:
+        return cast(ARTransformer, quantize(copy.deepcopy(pair.ours), name).float())
+    pairs = {f"{OURS} {name}": replace(pair, ours=small())}
+    if compiled:
+        network = small()
+        network.compile_step()
+        pairs[f"{OURS} {name} compiled"] = replace(pair, ours=network)
+    return pairs
 
 
 @torch.no_grad()

@@ -276,6 +276,8 @@ class ARTransformer(nn.Module):
         """Compile the layers of `step` with torch.compile(fullgraph=True, **options): one static graph per number of
         rows and positions, for which passes then read the whole cache. The first pass of each shape takes long."""
         self.extent_step = sys.maxsize
+        if self.norm.weight.device.type == "cpu" and self.attention_backend == "sdpa":
+            self.attention_backend = "math"     # whose parts it fuses; sdpa there costs twice as much for few queries
         self._compiled = torch.compile(self._layers, fullgraph=True, dynamic=False, **options)
 
     def _layers(self, x_RWD: Tensor, window: Window, inject_KRWD: Tensor | None) -> Tensor:

@@ -43,7 +43,10 @@ class RMSNorm(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """w2(silu(w1 x) * w3 x), without biases (Shazeer 2020)."""
+    """w2(silu(w1 x) * w3 x), without biases (Shazeer 2020).
+
+    `merge` replaces w1 and w3 by one layer `w13`, for networks that are never saved again.
+    """
 
     def __init__(self, dim: int, hidden: int, dropout: float) -> None:
         super().__init__()
@@ -51,11 +54,19 @@ class SwiGLU(nn.Module):
         self.w3 = nn.Linear(dim, hidden, bias=False)
         self.w2 = nn.Linear(hidden, dim, bias=False)
         self.dropout = nn.Dropout(dropout)
+        self.w13: nn.Module | None = None
+
+    def merge(self) -> None:
+        """Make one product of two."""
+        with torch.device("meta"):
+            self.w13 = nn.Linear(self.w1.in_features, 2 * self.w1.out_features, bias=False)
+        self.w13.weight = nn.Parameter(torch.cat([self.w1.weight, self.w3.weight]), requires_grad=False)
+        del self.w1, self.w3
 
     def forward(self, x: Tensor) -> Tensor:
         """Same shape as `x`."""
-        gate = F.silu(self.w1(x), inplace=not torch.is_grad_enabled())
-        return self.dropout(self.w2(gate * self.w3(x)))
+        gate, up = (self.w1(x), self.w3(x)) if self.w13 is None else self.w13(x).chunk(2, dim=-1)
+        return self.dropout(self.w2(F.silu(gate, inplace=not torch.is_grad_enabled()) * up))
 
 
 class MLP(nn.Module):

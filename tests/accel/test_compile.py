@@ -17,7 +17,9 @@ from arimg.accel.jacobi import Jacobi, Scd, SpeculativeJacobi
 from arimg.accel.siblings import ScdSiblings
 from arimg.accel.target import Target, filter_probs, mix
 from arimg.accel.windows import BUCKETS
+from arimg.inference import lay_out
 from arimg.models.ar import ARTransformer
+from arimg.quantize import quantize
 from tests.models.toy import toy_classes, toy_inject, toy_model
 
 
@@ -47,6 +49,15 @@ def test_one_graph_per_bucket(width: int) -> None:
     first = counter.frame_count
     decode(model, Jacobi(width), guidance=Guidance(cfg=2.0))
     assert counter.frame_count == first, "a second picture compiles nothing"
+
+
+@pytest.mark.parametrize("weights", ["float32", "fp16", "int8"])
+def test_packed_weights_compile(weights: str) -> None:
+    model = toy_model(dim=64, ffn_hidden=128)
+    lay_out(model if weights == "float32" else quantize(model, weights))
+    plain = decode(model, PlainAR(), guidance=Guidance(cfg=2.0))
+    model.compile_step(backend="aot_eager")
+    assert torch.equal(decode(model, PlainAR(), guidance=Guidance(cfg=2.0)), plain)
 
 
 def test_laws_and_draws_compile_whole() -> None:
