@@ -53,7 +53,7 @@ def test_one_graph_per_bucket(width: int) -> None:
 
 @pytest.mark.parametrize("weights", ["float32", "fp16", "int8"])
 def test_packed_weights_compile(weights: str) -> None:
-    model = toy_model(dim=64, ffn_hidden=128)
+    model = toy_model()
     lay_out(model if weights == "float32" else quantize(model, weights))
     plain = decode(model, PlainAR(), guidance=Guidance(cfg=2.0))
     model.compile_step(backend="aot_eager")
