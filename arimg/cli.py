@@ -6,6 +6,7 @@ Results go to stdout; progress, notices and errors to stderr. Exit codes: 0 succ
 
 from __future__ import annotations
 
+import gc
 import logging
 import re
 import sys
@@ -110,6 +111,7 @@ def fail(message: str, code: int) -> None:
 def main() -> None:
     """A control image goes in, an autoregressive model paints along its lines."""
     keep_freed_memory()
+    gc.set_threshold(50_000)        # imports make objects that stay: looking for garbage in them takes 0.3 s
     log = logging.getLogger("arimg")
     if not any(isinstance(handler, NoticeHandler) for handler in log.handlers):
         log.addHandler(NoticeHandler())

@@ -85,16 +85,21 @@ class CounterNoise:
         """(B, W, count) float32 in (0, 1]; values near 0 keep 32 bits of resolution."""
         return self.words(seeds_B, positions_BW, count, purpose, draw).float().add_(0.5).mul_(2.0 ** -32)
 
+    def exponential(self, seeds_B: Tensor, positions_BW: Tensor, count: int, purpose: Purpose, draw: int = 0) -> Tensor:
+        """(B, W, count) of Exp(1), float32: E = -log(1 - u), exact to 32 bits near 0."""
+        uniform = self.uniform(seeds_B, positions_BW, count, purpose, draw).clamp_max_(1 - 2.0 ** -24)
+        return uniform.neg_().log1p_().neg_()
+
     def gumbel(self, seeds_B: Tensor, positions_BW: Tensor, count: int, purpose: Purpose = Purpose.SAMPLE,
                draw: int = 0) -> Tensor:
-        """(B, W, count) standard Gumbel, float32: -log(E) with E = -log(1 - u), exact to 32 bits in the upper tail."""
-        uniform = self.uniform(seeds_B, positions_BW, count, purpose, draw).clamp_max_(1 - 2.0 ** -24)
-        return uniform.neg_().log1p_().neg_().log_().neg_()
+        """(B, W, count) standard Gumbel, float32: -log(E)."""
+        return self.exponential(seeds_B, positions_BW, count, purpose, draw).log_().neg_()
 
     def categorical(self, p_BWV: Tensor, seeds_B: Tensor, positions_BW: Tensor, purpose: Purpose = Purpose.SAMPLE,
                     draw: int = 0) -> Tensor:
-        """codes_BW drawn from the laws p_BWV: argmax(log p + Gumbel), so equal keys share their noise across laws."""
-        return (p_BWV.log() + self.gumbel(seeds_B, positions_BW, p_BWV.shape[-1], purpose, draw)).argmax(-1)
+        """codes_BW drawn from the laws p_BWV: argmax(p / E), which is argmax(log p + Gumbel) without logarithms of
+        zero, slow on CPUs. Equal keys share their noise across laws."""
+        return (p_BWV / self.exponential(seeds_B, positions_BW, p_BWV.shape[-1], purpose, draw)).argmax(-1)
 
     def bernoulli(self, p_BW: Tensor, seeds_B: Tensor, positions_BW: Tensor, purpose: Purpose = Purpose.ACCEPT,
                   draw: int = 0) -> Tensor:
