@@ -57,9 +57,14 @@ class SlotCache:
         slots_RW = slots_RW[:, :kept]
         self._hold(int(slots_RW.max()) + 1)
         count, _, groups, _, _, channels = self.store_NRG1SE.shape
-        fresh_RWNGE = fresh.view(count, rows, groups, width, channels).permute(1, 3, 0, 2, 4)[:, :kept]
-        place = (torch.arange(rows)[:, None], slots_RW)
-        self.store_NRG1SE[:, :, :, 0].permute(1, 3, 0, 2, 4).index_put_(place, fresh_RWNGE)
+        fresh_NRGWE = fresh.view(count, rows, groups, width, channels)[:, :, :, :kept]
+        store_NRGSE = self.store_NRG1SE[:, :rows, :, 0]
+        first = int(slots_RW[0, 0])
+        if bool((slots_RW == torch.arange(first, first + kept)).all()):     # one run of slots, as in plain decoding
+            store_NRGSE[:, :, :, first:first + kept] = fresh_NRGWE
+        else:
+            place = (torch.arange(rows)[:, None], slots_RW)
+            store_NRGSE.permute(1, 3, 0, 2, 4).index_put_(place, fresh_NRGWE.permute(1, 3, 0, 2, 4))
         real_RW = self.real_RS[:rows].gather(1, slots_RW)
         self.written_RS[:rows].scatter_(1, slots_RW, real_RW)
 
