@@ -22,14 +22,17 @@ CLASS_ID = 7
 
 def exported_sides(codes: ARPair, pixels: VQPair, runtime: str, folder: Path,
                    formats: Sequence[str] = ("int8",)) -> dict[str, tuple[ARPair, VQPair]]:
-    """The networks of both pairs on a runtime, once for each form of the transformer's weights. The graphs are written
-    below `folder`, which must last as long as the networks."""
+    """The networks of both pairs on a runtime, once for each form of the transformer's weights, and the transformer
+    with our own tokenizer (`arimg export --keep-tokenizer`). The graphs are written below `folder`, which must last as
+    long as the networks."""
     export_component(pixels.ours, runtime, "float32", folder / "tokenizer")
     painter = replace(pixels, ours=load_component(folder / "tokenizer", torch.float32))
     sides = {}
     for name in formats:
         export_component(codes.ours, runtime, name, folder / name)
-        sides[f"{runtime} {name}"] = replace(codes, ours=load_component(folder / name, torch.float32)), painter
+        exported = replace(codes, ours=load_component(folder / name, torch.float32))
+        sides[f"{runtime} {name}"] = exported, painter
+        sides[f"{runtime} {name} + {OURS}"] = exported, pixels
     return sides
 
 
