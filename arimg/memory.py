@@ -7,7 +7,7 @@ import os
 import sys
 
 _SETTINGS = {           # glibc's malloc.h
-    -3: 32 << 20,       # M_MMAP_THRESHOLD, bytes: the most that glibc accepts
+    -4: 0,              # M_MMAP_MAX, blocks mapped one by one, which freeing would unmap: none
     -1: 1 << 30,        # M_TRIM_THRESHOLD, bytes of free memory at the end of the heap that are kept
     -2: 64 << 20,       # M_TOP_PAD, bytes by which the heap grows
 }

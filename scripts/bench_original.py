@@ -46,6 +46,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--threads", type=int, help="[default: torch's]")
     arguments = parser.parse_args()
+    keep_freed_memory()                                 # for both sides
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")     # the profiler's own chatter
     keep_freed_memory()
     if arguments.threads:

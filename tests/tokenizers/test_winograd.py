@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest.mock import patch
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -10,6 +12,8 @@ from arimg.tokenizers import winograd
 from arimg.tokenizers.vq import VQConfig
 from arimg.tokenizers.winograd import Conv3x3
 from tests.tokenizers.test_vq import toy
+
+needs_nnpack = pytest.mark.skipif(not torch.backends.nnpack.is_available(), reason="this torch has no NNPACK")
 
 
 def conv(channels_in: int = 64, channels_out: int = 96) -> Conv3x3:
@@ -29,31 +33,49 @@ def maps(height: int, width: int, channels: int = 64, batch: int = 2) -> Tensor:
     return torch.randn(batch, channels, height, width, generator=torch.Generator().manual_seed(1)) + 20
 
 
+SIZES = [(16, 16), (32, 24), pytest.param((40, 48), marks=needs_nnpack), pytest.param((38, 31), marks=needs_nnpack)]
+
+
 @pytest.mark.parametrize("double", [False, True])
 @pytest.mark.parametrize("normed", [False, True])
 @pytest.mark.parametrize("added", [False, True])
-@pytest.mark.parametrize("chunk", [1, 2 ** 18])
+@pytest.mark.parametrize("size", SIZES, ids=str)
 @torch.no_grad()
-def test_equals_the_plain_convolution(double: bool, normed: bool, added: bool, chunk: int,
-                                      monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(winograd, "CHUNK", chunk)
-    layer, before = conv(), norm() if normed and not double else None
-    x_BCHW = maps(24, 32) if double else maps(32, 48)
-    plus = torch.randn(2, 96, *((1 + double) * side for side in x_BCHW.shape[2:])) if added else None
+def test_equals_the_plain_convolution(double: bool, normed: bool, added: bool, size: tuple[int, int]) -> None:
+    if double:
+        size = (2 * (size[0] // 2), 2 * (size[1] // 2))
+    layer, before = conv(), norm() if normed else None
+    x_BCHW = maps(*(side // (1 + double) for side in size))
+    plus = torch.randn(2, 96, *size) if added else None
+    given = [one.clone() for one in (x_BCHW, plus) if one is not None]
     expected = layer.paint(x_BCHW, before, double, plus)
     layer.lay_out()
-    assert layer._weight_QCK is not None
     got = layer.paint(x_BCHW, before, double, plus)
     assert got.shape == expected.shape and 0 < float((got - expected).abs().max()) < 3e-5 * float(expected.abs().max())
     alone = layer.paint(x_BCHW[1:], before, double, None if plus is None else plus[1:])
     assert torch.equal(alone, got[1:]), "an image does not depend on the batch"
+    assert all(torch.equal(one, old) for one, old in zip((x_BCHW, plus), given) if one is not None), "inputs stay"
+
+
+@needs_nnpack
+@torch.no_grad()
+def test_a_large_map_goes_in_strips(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x_BCHW = conv(), maps(50, 40, batch=1)
+    layer.lay_out()
+    whole = layer.paint(x_BCHW)
+    monkeypatch.setattr(winograd, "STRIP", 12 * 40 * 96)
+    with patch.object(torch, "_nnpack_spatial_convolution", wraps=torch._nnpack_spatial_convolution) as convolve:
+        strips = layer.paint(x_BCHW)
+    assert [call.args[0].shape[2] for call in convolve.call_args_list] == [14, 14, 14, 14, 4]
+    assert float((strips - whole).abs().max()) < 3e-5 * float(whole.abs().max())
 
 
 @torch.no_grad()
-def test_shapes_that_do_not_fit_take_the_plain_one() -> None:
+def test_shapes_that_do_not_fit_take_the_plain_one(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = conv()
     layer.lay_out()
-    for height, width in ((34, 48), (32, 49), (16, 16)):
+    monkeypatch.setattr(torch.backends.nnpack, "is_available", lambda: False)
+    for height, width in ((30, 32), (32, 31), (8, 16), (40, 40)):
         assert torch.equal(layer.paint(maps(height, width)), layer(maps(height, width)))
 
 
@@ -66,16 +88,20 @@ def test_training_takes_the_plain_one() -> None:
     assert x_BCHW.grad is not None
 
 
+@torch.no_grad()
 def test_prepared_weights_are_forgotten_when_the_others_change() -> None:
-    layer = conv()
+    layer, x_BCHW = conv(), maps(16, 16)
     for change in (lambda: layer.double(), lambda: layer.float(), lambda: layer.load_state_dict(conv().state_dict()),
                    lambda: layer.to("meta")):
         layer.lay_out()
+        if layer.weight.dtype == torch.float32:
+            layer.paint(x_BCHW)
+            assert layer._weight_QCK is not None
         change()
-        assert layer._weight_QCK is None
+        assert not layer._laid_out and layer._weight_QCK is None
     for other in (conv(32, 96), conv().double()):
         other.lay_out()
-        assert other._weight_QCK is None
+        assert not other._laid_out
     assert list(conv().state_dict()) == ["weight", "bias"]
 
 
