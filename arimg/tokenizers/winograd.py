@@ -109,8 +109,8 @@ class Conv3x3(nn.Conv2d):
 
     def _transformed(self) -> Tensor:
         if self._weight_QCK is None:
-            matrix = torch.tensor(_G, dtype=torch.float32) / 24
-            self._weight_QCK = torch.einsum("ia,kcab,jb->ijck", matrix, self.weight, matrix).flatten(0, 1).contiguous()
+            cells = self.weight.permute(2, 3, 1, 0).reshape(9, -1)
+            self._weight_QCK = (_twice(_G) / 24 ** 2 @ cells).view(-1, self.in_channels, self.out_channels)
         return self._weight_QCK
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Conv3x3":
