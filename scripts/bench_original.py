@@ -48,7 +48,6 @@ def main() -> None:
     arguments = parser.parse_args()
     keep_freed_memory()                                 # for both sides
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")     # the profiler's own chatter
-    keep_freed_memory()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     if arguments.mar:
