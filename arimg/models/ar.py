@@ -94,6 +94,15 @@ def rotary_table(config: ARConfig, grid: tuple[int, int], device: torch.device |
                            identity=config.rope_prefix == "identity")
 
 
+def _unchecked() -> dict[str, Any]:
+    """Options of torch.compile: a pass does not look again at the network and at sizes that follow from its input's."""
+    known = torch._inductor.list_options()
+    options: dict[str, Any] = {name: False for name in ("size_asserts", "alignment_asserts") if name in known}
+    if skip := getattr(torch.compiler, "skip_guard_on_all_nn_modules_unsafe", None):        # since torch 2.8
+        options["guard_filter_fn"] = skip
+    return options
+
+
 class ClassEmbedding(nn.Module):
     """One prefix slot per class id; with class_dropout > 0 one more row, the null class."""
 
@@ -265,7 +274,12 @@ class ARTransformer(nn.Module):
              mask_RWW: Tensor | None = None, at_RW: Tensor | None = None) -> Tensor:
         """h_RWD; see Backbone.step. inject_KRWD[k] is added to the residual stream before layer inject_layers[k]
         (ControlAR, conditional decoding); rows beyond the cache's first R are left alone."""
-        return (self._compiled or self._layers)(x_RWD, cache.open(slots_RW, mask_RWW, at_RW), inject_KRWD)
+        window = cache.open(slots_RW, mask_RWW, at_RW)
+        if self._compiled is None:
+            return self._layers(x_RWD, window, inject_KRWD)
+        if window.mask_R1WS is not None and self.extent_step != sys.maxsize:
+            torch._dynamo.maybe_mark_dynamic(window.mask_R1WS, 3)
+        return self._compiled(x_RWD, window, inject_KRWD)
 
     def features(self, x_RWD: Tensor, slots_RW: Tensor, cache: Cache | SequenceCache,
                  inject_KRWD: Tensor | None = None) -> Tensor:
@@ -273,11 +287,14 @@ class ARTransformer(nn.Module):
         return self._blocks(x_RWD, cache.open(slots_RW), inject_KRWD)
 
     def compile_step(self, **options: Any) -> None:
-        """Compile the layers of `step` with torch.compile(fullgraph=True, **options): one static graph per number of
-        rows and positions, for which passes then read the whole cache. The first pass of each shape takes long."""
-        self.extent_step = sys.maxsize
-        if self.norm.weight.device.type == "cpu" and self.attention_backend == "sdpa":
+        """Compile the layers of `step` with torch.compile(fullgraph=True, **options): one graph per number of rows and
+        positions, for any number of slots on a CPU and for the whole cache elsewhere. The first pass of each shape
+        takes long. The network's settings and layers must not change afterwards: nothing looks whether they did."""
+        if self.norm.weight.device.type != "cpu":
+            self.extent_step = sys.maxsize
+        elif self.attention_backend == "sdpa":
             self.attention_backend = "math"     # whose parts it fuses; sdpa there costs twice as much for few queries
+        options = options or {"options": _unchecked()}
         self._compiled = torch.compile(self._layers, fullgraph=True, dynamic=False, **options)
 
     def _layers(self, x_RWD: Tensor, window: Window, inject_KRWD: Tensor | None) -> Tensor:

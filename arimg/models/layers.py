@@ -119,7 +119,6 @@ class Window:
     slots_RW: Tensor
     table_RWF2: Tensor              # rotary
     mask_R1WS: Tensor | None        # None = plain causal over the pass itself
-    extent: int                     # number of leading slots that the pass reads
 
     def exchange(self, layer: int, keys_RWGE: Tensor, values_RWGE: Tensor) -> tuple[Tensor, Tensor]:
         """Hand over this pass's keys and values; get all that the pass may read, (R, G, S, E)."""
@@ -167,7 +166,7 @@ class Cache:
         mask_RWS = self.readable_RS[:rows, None, :extent] & before_RWS | (columns_S == slots_RW[..., None])
         if mask_RWW is not None:
             mask_RWS.scatter_(2, slots_RW[:, None].expand(-1, width, -1), mask_RWW)
-        return Window(self, slots_RW, self.rope_SF2[at_RW], mask_RWS[:, None], extent)
+        return Window(self, slots_RW, self.rope_SF2[at_RW], mask_RWS[:, None])
 
     def exchange(self, layer: int, window: Window, keys_RWGE: Tensor, values_RWGE: Tensor) -> tuple[Tensor, Tensor]:
         """Write by slot, return the slots that the pass reads."""
@@ -175,7 +174,9 @@ class Cache:
         where = (torch.arange(rows, device=window.slots_RW.device)[:, None], window.slots_RW)
         for store, new in ((self.keys[layer], keys_RWGE), (self.values[layer], values_RWGE)):
             store.transpose(1, 2).index_put_(where, new.to(store.dtype))
-        return self.keys[layer][:rows, :, :window.extent], self.values[layer][:rows, :, :window.extent]
+        assert window.mask_R1WS is not None
+        extent = window.mask_R1WS.shape[-1]
+        return self.keys[layer][:rows, :, :extent], self.values[layer][:rows, :, :extent]
 
 
 @dataclass(frozen=True)
@@ -195,7 +196,7 @@ class SequenceCache:
             diagonal_WW = torch.eye(width, dtype=torch.bool, device=slots_RW.device)
             mask_RWW = causal_WW & self.real_RS[:, None, :width] | diagonal_WW
         mask_R1WW = None if mask_RWW is None else mask_RWW[:, None]
-        return Window(self, slots_RW, self.rope_SF2[None, :width], mask_R1WW, width)
+        return Window(self, slots_RW, self.rope_SF2[None, :width], mask_R1WW)
 
     def exchange(self, layer: int, window: Window, keys_RWGE: Tensor, values_RWGE: Tensor) -> tuple[Tensor, Tensor]:
         """The pass reads its own keys and values."""
@@ -273,7 +274,8 @@ def _math(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) ->
     visible = _visible(q, k, mask, causal)
     if visible is not None:
         scores = scores.masked_fill(~visible, float("-inf"))
-    return (scores.softmax(-1) @ at_least_float32(v)).to(q.dtype)
+    weights = (scores - scores.amax(-1, keepdim=True)).exp()       # divided by their sum last, once per channel
+    return (weights @ at_least_float32(v) / weights.sum(-1, keepdim=True)).to(q.dtype)
 
 
 @cache
