@@ -26,13 +26,13 @@ def array(tensor: Tensor) -> Array:
 
 
 def step_graph(ops: Ops, network: ARTransformer) -> None:
-    """Inputs x_RWD, cos_RWF and sin_RWF, bias_R11WN (0, or very negative where unseen; N = S past slots, then W), cut
-    (S, W), per layer key_i and value_i (R, G, 1, S, E), inject_k (R, W, D). Outputs logits_RWV, and fresh: keys and
-    values (2 * layers * R, G, 1, W, E), the keys of layer 0 first."""
+    """Inputs x_RWD, cos_RWF and sin_RWF, bias_R1WN (0, or very negative where unseen; N = S past slots, then W), cut
+    (S, W), per layer key_i and value_i (R, G, S, E), inject_k (R, W, D). Outputs logits_RWV, and fresh: keys and
+    values (2 * layers * R, G, W, E), the keys of layer 0 first."""
     config = network.config
     x_RWD = ops.input("x", (-1, -1, config.dim))
     turn = [ops.input(name, (-1, -1, config.head_dim // 2)) for name in ("cos", "sin")]
-    bias = ops.input("bias", (-1, 1, 1, -1, -1))
+    bias = ops.input("bias", (-1, 1, -1, -1))
     cut = ops.input("cut", (2,), integer=True)
     injects = [ops.input(f"inject_{k}", (-1, -1, config.dim)) for k in range(network.inject_points)]
     fresh: list[Value] = []
@@ -41,7 +41,7 @@ def step_graph(ops: Ops, network: ARTransformer) -> None:
         for k, place in enumerate(config.inject_layers):
             if place == index:
                 x_RWD = ops.add(x_RWD, injects[k])
-        past = [ops.input(f"{name}_{index}", (-1, config.key_heads, 1, -1, config.head_dim))
+        past = [ops.input(f"{name}_{index}", (-1, config.key_heads, -1, config.head_dim))
                 for name in ("key", "value")]
         normed = ops.rms_norm(x_RWD, array(block.attention_norm.weight), config.norm_eps)
         out, own = _attention(ops, block, normed, turn, past, bias, cut)
@@ -55,18 +55,22 @@ def step_graph(ops: Ops, network: ARTransformer) -> None:
 
 def _attention(ops: Ops, block: Block, x_RWD: Value, turn: list[Value], past: list[Value], bias: Value,
                cut: Value) -> tuple[Value, list[Value]]:
-    """out_RWD, and the pass's own keys and values (R, G, 1, W, E)."""
+    """out_RWD, and the pass's own keys and values (R, G, W, E). The H queries of a key head are rows of one product."""
     attention = block.attention
     queries, groups, width = attention.heads, attention.kv_heads, attention.head_dim
-    qk, v = ops.split(ops.linear(x_RWD, _projection(block)), ((queries + groups) * width, groups * width), 2)
-    q, k = ops.split(ops.rotate(qk, queries + groups, *turn), (queries * width, groups * width), 2)
-    q_RGHWE, k_RG1WE, v_RG1WE = (
-        ops.transpose(ops.reshape(part, (0, 0, groups, -1, width)), (0, 2, 3, 1, 4)) for part in (q, k, v))
-    scores = ops.concat([ops.matmul(q_RGHWE, keys, transpose_b=True) for keys in (past[0], k_RG1WE)], -1)
-    before, own = ops.split(ops.softmax(ops.add(scores, bias)), cut, 4)
-    out = ops.add(ops.matmul(before, past[1]), ops.matmul(own, v_RG1WE))
-    joined_RWD = ops.reshape(ops.transpose(out, (0, 3, 1, 2, 4)), (0, 0, queries * width))
-    return ops.linear(joined_RWD, array(attention.wo.weight)), [k_RG1WE, v_RG1WE]
+    shared = queries // groups      # H
+    heads = ops.reshape(ops.linear(x_RWD, _projection(block)), (0, 0, queries + 2 * groups, width))
+    qk, v_RGWE = ops.split(ops.transpose(heads, (0, 2, 1, 3)), (queries + groups, groups), 1)
+    q, k_RGWE = ops.split(ops.rotate(qk, *turn), (queries, groups), 1)
+    if shared > 1:
+        q, bias = ops.reshape(q, (0, groups, -1, width)), ops.concat([bias] * shared, 2)
+    scores = ops.concat([ops.matmul(q, keys, transpose_b=True) for keys in (past[0], k_RGWE)], -1)
+    before, own = ops.split(ops.softmax(ops.add(scores, bias)), cut, 3)
+    out = ops.add(ops.matmul(before, past[1]), ops.matmul(own, v_RGWE))
+    if shared > 1:
+        out = ops.reshape(out, (0, queries, -1, width))
+    joined_RWD = ops.reshape(ops.transpose(out, (0, 2, 1, 3)), (0, 0, queries * width))
+    return ops.linear(joined_RWD, array(attention.wo.weight)), [k_RGWE, v_RGWE]
 
 
 def _projection(block: Block) -> Array:

@@ -87,9 +87,9 @@ class OnnxOps:
         """See Ops."""
         return self._op("RMSNormalization", x, self.constant(weight), axis=-1, epsilon=eps)
 
-    def rotate(self, x_RWD: str, heads: int, cos_RWF: str, sin_RWF: str) -> str:
+    def rotate(self, x_RNWE: str, cos_RWF: str, sin_RWF: str) -> str:
         """See Ops."""
-        return self._op("RotaryEmbedding", x_RWD, cos_RWF, sin_RWF, num_heads=heads)
+        return self._op("RotaryEmbedding", x_RNWE, cos_RWF, sin_RWF)
 
     def conv(self, x_BCHW: str, weight_OIhw: Array, bias_O: Array) -> str:
         """See Ops."""

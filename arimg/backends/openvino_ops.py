@@ -75,14 +75,13 @@ class OpenvinoOps:
         scale = o.divide(one, o.sqrt(o.add(mean, small)))
         return o.multiply(o.multiply(x, scale), self.constant(weight))
 
-    def rotate(self, x_RWD: Any, heads: int, cos_RWF: Any, sin_RWF: Any) -> Any:
+    def rotate(self, x_RNWE: Any, cos_RWF: Any, sin_RWF: Any) -> Any:
         """See Ops."""
         o = self._o
-        cos_RW1F, sin_RW1F = (o.unsqueeze(table, o.constant(2)) for table in (cos_RWF, sin_RWF))
-        a, b = o.split(self.reshape(x_RWD, (0, 0, heads, -1)), o.constant(3), 2).outputs()
-        turned_RWNE = o.concat([o.subtract(o.multiply(a, cos_RW1F), o.multiply(b, sin_RW1F)),
-                                o.add(o.multiply(b, cos_RW1F), o.multiply(a, sin_RW1F))], 3)
-        return o.reshape(turned_RWNE, o.shape_of(x_RWD), False)
+        cos_R1WF, sin_R1WF = (o.unsqueeze(table, o.constant(1)) for table in (cos_RWF, sin_RWF))
+        a, b = o.split(x_RNWE, o.constant(3), 2).outputs()
+        return o.concat([o.subtract(o.multiply(a, cos_R1WF), o.multiply(b, sin_R1WF)),
+                         o.add(o.multiply(b, cos_R1WF), o.multiply(a, sin_R1WF))], 3)
 
     def conv(self, x_BCHW: Any, weight_OIhw: Array, bias_O: Array) -> Any:
         """See Ops."""

@@ -43,7 +43,7 @@ class Ops(Protocol):
     def rms_norm(self, x: Value, weight: Array, eps: float) -> Value:
         """Over the last axis."""
 
-    def rotate(self, x_RWD: Value, heads: int, cos_RWF: Value, sin_RWF: Value) -> Value:
+    def rotate(self, x_RNWE: Value, cos_RWF: Value, sin_RWF: Value) -> Value:
         """(a, b) -> (a cos - b sin, b cos + a sin), a and b the halves of each head."""
 
     def conv(self, x_BCHW: Value, weight_OIhw: Array, bias_O: Array) -> Value:

@@ -57,9 +57,9 @@ class ExportedTransformer(Exported):
         """logits_RWV; see Backbone.step."""
         rows, width = slots_RW.shape
         one = cache.open(slots_RW, mask_RWW, at_RW)
-        past = one.past_NRG1SE
-        inputs = {"x": x_RWD, "cos": one.turn_RWF2[..., 0], "sin": one.turn_RWF2[..., 1], "bias": one.bias_R11WN,
-                  "cut": torch.tensor([past.shape[4], width])}
+        past = one.past_NRGSE
+        inputs = {"x": x_RWD, "cos": one.turn_RWF2[..., 0], "sin": one.turn_RWF2[..., 1], "bias": one.bias_R1WN,
+                  "cut": torch.tensor([past.shape[3], width])}
         if inject_KRWD is None:
             inject_KRWD = x_RWD.new_zeros(self.inject_points, 1, 1, 1).expand(-1, rows, width, self.config.dim)
         inputs |= {f"inject_{k}": inject_KRWD[k].float() for k in range(self.inject_points)}
