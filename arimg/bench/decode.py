@@ -358,4 +358,4 @@ def _row(cost: DecoderCost, plain_seconds: float | None) -> list[str]:
     return [f"`{cost.decoder}`", f"{cost.cfg:g}", cost.guarantee, f"{cost.passes:.1f}", f"{cost.tokens_per_pass:.2f}",
             f"{cost.tokens_per_pass_non_white:.2f}", f"{cost.seconds:.3f}", f"{cost.seconds_min:.3f}", speed_up,
             f"{cost.tokens_per_second:.0f}", f"{cost.pixel_seconds:.3f}", f"{cost.peak_bytes / 1e6:.1f}", same,
-            f"{cost.audit_score:+.2f}{'' if cost.audit_lawful else ', NOT the law'}"]
+            f"{cost.audit_score:+.3g}{'' if cost.audit_lawful else ', NOT the law'}"]
