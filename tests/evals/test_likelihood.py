@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,10 @@ from PIL import Image
 
 from arimg.cli import main
 from arimg.errors import InputError
+from arimg.evals.held_out import HeldOut
+from arimg.evals.likelihood import evaluate_nll
 from arimg.models.base import Condition
+from arimg.pipeline import Pipeline
 from tests.toy import SIDE, toy_folder, toy_pipeline
 
 
@@ -28,6 +32,17 @@ def test_nll_is_cross_entropy() -> None:
     assert not torch.allclose(pipe.nll(codes_BL, class_id=[0, 2], cfg=3.0), wanted_BL, atol=1e-2)
     with pytest.raises(InputError, match="a code for every token"):
         pipe.nll(codes_BL.index_fill(1, torch.tensor([3]), -1), class_id=[0, 2])
+
+
+def test_the_models_own_guidance_stays_out() -> None:
+    pipe = toy_pipeline()
+    noise = np.random.default_rng(0).integers(0, 256, (2, SIDE, SIDE, 3), np.uint8)
+    data, plain = HeldOut(noise, ["cat", "dog"], 2, ""), replace(pipe.settings, cfg=1.0)
+    values = []
+    for settings in (plain, replace(plain, cfg=3.0, control_cfg=4.0, temperature=0.5, top_k=3, top_p=0.5)):
+        pipe = Pipeline(pipe.tokenizer, pipe.transformer, pipe.control, settings=settings)
+        values.append(evaluate_nll(pipe, {}, data, "canny", 2, 0).value("full", "nats per token"))
+    assert values[0] == values[1]
 
 
 def test_the_command_compares_forms(tmp_path: Path) -> None:
