@@ -1,8 +1,9 @@
 """The networks as graphs: one pass of the transformer, head included, and the decoder of a tokenizer.
 
-A pass reads the keys and values of earlier passes in place and hands back its own; the host writes them into the cache
-(cache.py). Attention is over two parts, the past and the pass itself, whose scores share one softmax, so that no pass
-copies the cache.
+Where a runtime can (`Ops.in_place`), a pass writes its keys and values into the cache and reads them there, so that
+every sum over slots has one order, however many positions a pass has. Elsewhere it reads those of earlier passes where
+they lie and hands back its own, which the host writes (cache.py); attention is then over two parts, the past and the
+pass itself, whose scores share one softmax, so that no pass copies the cache.
 """
 
 from __future__ import annotations
@@ -26,14 +27,24 @@ def array(tensor: Tensor) -> Array:
 
 
 def step_graph(ops: Ops, network: ARTransformer) -> None:
-    """Inputs x_RWD, cos_RWF and sin_RWF, bias_R1WN (0, or very negative where unseen; N = S past slots, then W), cut
-    (S, W), per layer key_i and value_i (R, G, S, E), inject_k (R, W, D). Outputs logits_RWV, and fresh: keys and
-    values (2 * layers * R, G, W, E), the keys of layer 0 first."""
+    """Inputs x_RWD, cos_RWF and sin_RWF, bias (0, or very negative where unseen), per layer key_i and value_i, inject_k
+    (R, W, D). Outputs logits_RWV. By `ops.in_place`:
+
+    - keys and values are (R, 1, G, S, E), so are outputs new_key_i and new_value_i in the same memory; where_RWG4 says
+      at which (r, 0, g, slot) the pass writes. bias is (R, W, 1, 1, S)
+    - keys and values are (R, G, S, E), and output fresh (2 * layers * R, G, W, E) has those of the pass, the keys of
+      layer 0 first. bias is (R, 1, W, S + W), cut = (S, W)
+    """
     config = network.config
     x_RWD = ops.input("x", (-1, -1, config.dim))
     turn = [ops.input(name, (-1, -1, config.head_dim // 2)) for name in ("cos", "sin")]
-    bias = ops.input("bias", (-1, 1, -1, -1))
-    cut = ops.input("cut", (2,), integer=True)
+    groups, width = config.key_heads, config.head_dim
+    if ops.in_place:
+        store, attend = (-1, 1, groups, -1, width), _attention_in_place
+        bias, places = ops.input("bias", (-1, -1, 1, 1, -1)), ops.input("where", (-1, -1, groups, 4), integer=True)
+    else:
+        store, attend = (-1, groups, -1, width), _attention_in_two_parts
+        bias, places = ops.input("bias", (-1, 1, -1, -1)), ops.input("cut", (2,), integer=True)
     injects = [ops.input(f"inject_{k}", (-1, -1, config.dim)) for k in range(network.inject_points)]
     fresh: list[Value] = []
     for index, block in enumerate(network.layers):
@@ -41,36 +52,59 @@ def step_graph(ops: Ops, network: ARTransformer) -> None:
         for k, place in enumerate(config.inject_layers):
             if place == index:
                 x_RWD = ops.add(x_RWD, injects[k])
-        past = [ops.input(f"{name}_{index}", (-1, config.key_heads, -1, config.head_dim))
-                for name in ("key", "value")]
+        names = [f"{name}_{index}" for name in ("key", "value")]
+        past = [ops.input(name, store) for name in names]
         normed = ops.rms_norm(x_RWD, array(block.attention_norm.weight), config.norm_eps)
-        out, own = _attention(ops, block, normed, turn, past, bias, cut)
-        x_RWD = ops.add(x_RWD, out)
+        out, own = attend(ops, block, _heads(ops, block, normed, turn), past, bias, places)
+        if ops.in_place:
+            for name, value in zip(names, own):
+                ops.output(f"new_{name}", value)
         fresh += own
+        x_RWD = ops.add(x_RWD, ops.linear(out, array(block.attention.wo.weight)))
         x_RWD = ops.add(x_RWD, _feed_forward(ops, block, x_RWD, config.norm_eps, config.ffn_hidden))
-    ops.output("fresh", ops.concat(fresh, 0))
+    if not ops.in_place:
+        ops.output("fresh", ops.concat(fresh, 0))
     normed = ops.rms_norm(x_RWD, array(network.norm.weight), config.norm_eps)
     ops.output("logits", ops.linear(normed, array(head_weight(network)), fine=True))
 
 
-def _attention(ops: Ops, block: Block, x_RWD: Value, turn: list[Value], past: list[Value], bias: Value,
-               cut: Value) -> tuple[Value, list[Value]]:
-    """out_RWD, and the pass's own keys and values (R, G, W, E). The H queries of a key head are rows of one product."""
+def _heads(ops: Ops, block: Block, x_RWD: Value, turn: list[Value]) -> list[Value]:
+    """Queries, keys and values, (R, W, heads * E)."""
+    attention = block.attention
+    queries, groups, width = attention.heads, attention.kv_heads, attention.head_dim
+    qk, values = ops.split(ops.linear(x_RWD, _projection(block)), ((queries + groups) * width, groups * width), 2)
+    turned = ops.rotate(qk, *turn, queries + groups)
+    return [*ops.split(turned, (queries * width, groups * width), 2), values]
+
+
+def _attention_in_place(ops: Ops, block: Block, heads: list[Value], past: list[Value], bias: Value,
+                        where: Value) -> tuple[Value, list[Value]]:
+    """out (R, W, D), keys and values. Each position is a product of its own, of the H queries of a key head with all
+    slots: the same sums in the same order whatever W is."""
+    attention = block.attention
+    groups, width = attention.kv_heads, attention.head_dim
+    q_RWGHE = ops.reshape(heads[0], (0, 0, groups, -1, width))
+    keys, values = (ops.put(old, where, ops.reshape(new, (0, 0, groups, width))) for old, new in zip(past, heads[1:]))
+    weights_RWGHS = ops.softmax(ops.add(ops.matmul(q_RWGHE, keys, transpose_b=True), bias))
+    return ops.reshape(ops.matmul(weights_RWGHS, values), (0, 0, -1)), [keys, values]
+
+
+def _attention_in_two_parts(ops: Ops, block: Block, heads: list[Value], past: list[Value], bias: Value,
+                            cut: Value) -> tuple[Value, list[Value]]:
+    """out (R, W, D), and the pass's own keys and values (R, G, W, E). The H queries of a key head are rows of one
+    product."""
     attention = block.attention
     queries, groups, width = attention.heads, attention.kv_heads, attention.head_dim
     shared = queries // groups      # H
-    heads = ops.reshape(ops.linear(x_RWD, _projection(block)), (0, 0, queries + 2 * groups, width))
-    qk, v_RGWE = ops.split(ops.transpose(heads, (0, 2, 1, 3)), (queries + groups, groups), 1)
-    q, k_RGWE = ops.split(ops.rotate(qk, *turn), (queries, groups), 1)
+    q, *own = (ops.transpose(ops.reshape(one, (0, 0, -1, width)), (0, 2, 1, 3)) for one in heads)
     if shared > 1:
         q, bias = ops.reshape(q, (0, groups, -1, width)), ops.concat([bias] * shared, 2)
-    scores = ops.concat([ops.matmul(q, keys, transpose_b=True) for keys in (past[0], k_RGWE)], -1)
-    before, own = ops.split(ops.softmax(ops.add(scores, bias)), cut, 3)
-    out = ops.add(ops.matmul(before, past[1]), ops.matmul(own, v_RGWE))
+    scores = ops.concat([ops.matmul(q, keys, transpose_b=True) for keys in (past[0], own[0])], -1)
+    before, now = ops.split(ops.softmax(ops.add(scores, bias)), cut, 3)
+    out = ops.add(ops.matmul(before, past[1]), ops.matmul(now, own[1]))
     if shared > 1:
         out = ops.reshape(out, (0, queries, -1, width))
-    joined_RWD = ops.reshape(ops.transpose(out, (0, 2, 1, 3)), (0, 0, queries * width))
-    return ops.linear(joined_RWD, array(attention.wo.weight)), [k_RGWE, v_RGWE]
+    return ops.reshape(ops.transpose(out, (0, 2, 1, 3)), (0, 0, queries * width)), own
 
 
 def _projection(block: Block) -> Array:

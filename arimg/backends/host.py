@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from arimg.backends.ops import Array
 from arimg.backends.runtimes import Graph, load_graph
 from arimg.errors import CheckpointError, InputError
 
@@ -31,14 +29,10 @@ class Exported(nn.Module):
         self._graph = load_graph(self.runtime, folder, self.graph_name, dtype or torch.float32)
 
     @property
-    def exact(self) -> bool:
-        """See Graph."""
-        return self._graph is None or self._graph.exact
-
-    def run(self, inputs: Mapping[str, Array]) -> list[Array]:
-        """The outputs of the graph."""
+    def graph(self) -> Any:
+        """The loaded graph."""
         assert self._graph is not None, "open_graph comes first"
-        return self._graph(inputs)
+        return self._graph
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Exported":
         trial = fn(torch.empty(0))

@@ -20,6 +20,8 @@ _OWN = "com.microsoft"
 class OnnxOps:
     """See Ops."""
 
+    in_place = True
+
     def __init__(self, weights: str) -> None:
         self._weights = weights
         self._nodes: list[Any] = []
@@ -87,9 +89,9 @@ class OnnxOps:
         """See Ops."""
         return self._op("RMSNormalization", x, self.constant(weight), axis=-1, epsilon=eps)
 
-    def rotate(self, x_RNWE: str, cos_RWF: str, sin_RWF: str) -> str:
+    def rotate(self, x_RWM: str, cos_RWF: str, sin_RWF: str, heads: int) -> str:
         """See Ops."""
-        return self._op("RotaryEmbedding", x_RNWE, cos_RWF, sin_RWF)
+        return self._op("RotaryEmbedding", x_RWM, cos_RWF, sin_RWF, num_heads=heads)
 
     def conv(self, x_BCHW: str, weight_OIhw: Array, bias_O: Array) -> str:
         """See Ops."""
@@ -151,6 +153,10 @@ class OnnxOps:
     def transpose(self, x: str, order: Sequence[int]) -> str:
         """See Ops."""
         return self._op("Transpose", x, perm=list(order))
+
+    def put(self, past: str, where: str, new: str) -> str:
+        """See Ops."""
+        return self._op("ScatterND", past, where, new)
 
     def write(self, path: Path) -> None:
         """The graph, and its weights in a second file beside it."""

@@ -16,6 +16,8 @@ _OPSET = "openvino.opset15"
 class OpenvinoOps:
     """See Ops."""
 
+    in_place = False
+
     def __init__(self, weights: str) -> None:
         from importlib import import_module
 
@@ -75,13 +77,14 @@ class OpenvinoOps:
         scale = o.divide(one, o.sqrt(o.add(mean, small)))
         return o.multiply(o.multiply(x, scale), self.constant(weight))
 
-    def rotate(self, x_RNWE: Any, cos_RWF: Any, sin_RWF: Any) -> Any:
+    def rotate(self, x_RWM: Any, cos_RWF: Any, sin_RWF: Any, heads: int) -> Any:
         """See Ops."""
         o = self._o
-        cos_R1WF, sin_R1WF = (o.unsqueeze(table, o.constant(1)) for table in (cos_RWF, sin_RWF))
-        a, b = o.split(x_RNWE, o.constant(3), 2).outputs()
-        return o.concat([o.subtract(o.multiply(a, cos_R1WF), o.multiply(b, sin_R1WF)),
-                         o.add(o.multiply(b, cos_R1WF), o.multiply(a, sin_R1WF))], 3)
+        cos_RW1F, sin_RW1F = (o.unsqueeze(table, o.constant(2)) for table in (cos_RWF, sin_RWF))
+        a, b = o.split(self.reshape(x_RWM, (0, 0, heads, -1)), o.constant(3), 2).outputs()
+        turned = o.concat([o.subtract(o.multiply(a, cos_RW1F), o.multiply(b, sin_RW1F)),
+                           o.add(o.multiply(b, cos_RW1F), o.multiply(a, sin_RW1F))], 3)
+        return self.reshape(turned, (0, 0, -1))
 
     def conv(self, x_BCHW: Any, weight_OIhw: Array, bias_O: Array) -> Any:
         """See Ops."""
@@ -144,6 +147,10 @@ class OpenvinoOps:
     def transpose(self, x: Any, order: Sequence[int]) -> Any:
         """See Ops."""
         return self._o.transpose(x, self._o.constant(list(order)))
+
+    def put(self, past: Any, where: Any, new: Any) -> Any:
+        """See Ops."""
+        return self._o.scatter_nd_update(past, where, new)
 
     def write(self, path: Path) -> None:
         """The graph, and its weights in a second file beside it."""

@@ -26,7 +26,12 @@ Value = Any             # of the library's own graph
 
 class Ops(Protocol):
     """One graph under construction. Shapes are as in numpy; -1 in the shape of an input is free, and in `reshape` 0
-    keeps an axis and -1 is what is left."""
+    keeps an axis and -1 is what is left.
+
+    `in_place`: whether an input may be written where it lies (`put`).
+    """
+
+    in_place: bool
 
     def input(self, name: str, shape: Sequence[int], integer: bool = False) -> Value:
         """A float32 (or int64) input."""
@@ -43,8 +48,8 @@ class Ops(Protocol):
     def rms_norm(self, x: Value, weight: Array, eps: float) -> Value:
         """Over the last axis."""
 
-    def rotate(self, x_RNWE: Value, cos_RWF: Value, sin_RWF: Value) -> Value:
-        """(a, b) -> (a cos - b sin, b cos + a sin), a and b the halves of each head."""
+    def rotate(self, x_RWM: Value, cos_RWF: Value, sin_RWF: Value, heads: int) -> Value:
+        """(a, b) -> (a cos - b sin, b cos + a sin), a and b the halves of each of the heads that make up M."""
 
     def conv(self, x_BCHW: Value, weight_OIhw: Array, bias_O: Array) -> Value:
         """Stride 1, same size."""
@@ -87,6 +92,9 @@ class Ops(Protocol):
 
     def transpose(self, x: Value, order: Sequence[int]) -> Value:
         """Axes in another order."""
+
+    def put(self, past: Value, where: Value, new: Value) -> Value:
+        """The past with the rows of `new` at the places `where`, whose last axis indexes the first axes of the past."""
 
     def write(self, path: Path) -> None:
         """Save the graph."""

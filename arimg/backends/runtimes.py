@@ -1,12 +1,14 @@
-"""Graph files on their runtimes. Inputs and outputs are arrays; inputs are read where they lie."""
+"""Graph files on their runtimes. Inputs are read where they lie."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from arimg.backends.ops import Array, check_runtime
 from arimg.errors import CheckpointError
@@ -15,14 +17,19 @@ from arimg.errors import CheckpointError
 class Graph(Protocol):
     """A loaded graph, on as many threads as torch computes on when it is loaded.
 
-    `exact`: whether activations are never rounded below float32. Where they are, sums in another order end in other
-    roundings, so that a pass over many positions gives other laws than passes over one each.
+    `rounds`: whether activations are rounded below float32. Where they are, a sum in another order may end in another
+    rounding.
     """
 
-    exact: bool
+    rounds: bool
 
-    def __call__(self, inputs: Mapping[str, Array]) -> list[Array]:
+    def __call__(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
         """All outputs, in the order of the graph; they are the caller's own."""
+
+
+def arrays(inputs: Mapping[str, Tensor]) -> dict[str, Array]:
+    """The same memory, where it is contiguous."""
+    return {name: tensor.detach().contiguous().numpy() for name, tensor in inputs.items()}
 
 
 class OnnxGraph:
@@ -45,12 +52,41 @@ class OnnxGraph:
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3          # errors
         self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        self.exact = self._session.get_modelmeta().custom_metadata_map.get("weights") == "float32"
+        self.rounds = self._session.get_modelmeta().custom_metadata_map.get("weights") != "float32"
 
-    def __call__(self, inputs: Mapping[str, Array]) -> list[Array]:
+    def __call__(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
         """See Graph."""
-        outputs: list[Array] = self._session.run(None, dict(inputs))
-        return outputs
+        return [torch.from_numpy(output) for output in self._session.run(None, arrays(inputs))]
+
+    def bind(self, names: Sequence[str], stores: Tensor) -> BoundGraph:
+        """With inputs of these names in memory that outputs new_NAME are written to, too."""
+        return BoundGraph(self._session, names, stores)
+
+
+class BoundGraph:
+    """An OnnxGraph and the memory that it changes."""
+
+    def __init__(self, session: Any, names: Sequence[str], stores: Tensor) -> None:
+        self._session, self._stores = session, stores
+        self._binding = session.io_binding()
+        for name, store in zip(names, stores, strict=True):
+            assert store.is_contiguous()
+            where = ("cpu", 0, np.float32, tuple(store.shape), store.data_ptr())
+            self._binding.bind_input(name, *where)
+            self._binding.bind_output(f"new_{name}", *where)
+
+    def holds(self, stores: Tensor) -> bool:
+        """Whether it is bound to this very memory."""
+        return stores.data_ptr() == self._stores.data_ptr() and stores.shape == self._stores.shape
+
+    def __call__(self, inputs: Mapping[str, Tensor], name: str, shape: Sequence[int]) -> Tensor:
+        """The output `name`, float32 of this shape."""
+        for key, values in arrays(inputs).items():
+            self._binding.bind_cpu_input(key, values)
+        output = torch.empty(*shape)
+        self._binding.bind_output(name, "cpu", 0, np.float32, tuple(shape), output.data_ptr())
+        self._session.run_with_iobinding(self._binding)
+        return output
 
 
 class OpenvinoGraph:
@@ -72,13 +108,13 @@ class OpenvinoGraph:
         self._model = core.compile_model(core.read_model(path), "CPU", {
             "INFERENCE_NUM_THREADS": torch.get_num_threads(), "NUM_STREAMS": 1, "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_PRECISION_HINT": precision, "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0})
-        self.exact = precision == "f32"
+        self.rounds = precision != "f32"
         self._request = self._model.create_infer_request()
 
-    def __call__(self, inputs: Mapping[str, Array]) -> list[Array]:
+    def __call__(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
         """See Graph."""
-        outputs = self._request.infer(dict(inputs), share_inputs=True)
-        return [outputs[index] for index in range(len(self._model.outputs))]
+        outputs = self._request.infer(arrays(inputs), share_inputs=True)
+        return [torch.from_numpy(outputs[index]) for index in range(len(self._model.outputs))]
 
 
 GRAPHS: dict[str, type[Any]] = {"onnx": OnnxGraph, "openvino": OpenvinoGraph}

@@ -43,8 +43,9 @@ class ExportedTokenizer(Exported):
     @torch.no_grad()
     def decode(self, latents_BChw: Tensor) -> Tensor:
         """images_B3HW of quantised latents, unclamped."""
-        images, = self.run({"latents": latents_BChw.detach().float().contiguous().numpy()})
-        return torch.from_numpy(images)
+        images_B3HW: Tensor
+        images_B3HW, = self.graph({"latents": latents_BChw.float()})
+        return images_B3HW
 
     def decode_codes(self, codes_BL: Tensor, grid: tuple[int, int]) -> Tensor:
         """images_B3HW of raster codes, unclamped."""

@@ -6,19 +6,28 @@ already and `logits` hands them through.
 
 from __future__ import annotations
 
+from functools import cached_property
+from typing import Any, ClassVar
+
 import torch
 from torch import Tensor, nn
 
-from arimg.backends.cache import SlotCache, new_slot_cache
+from arimg.backends.cache import HandedCache, Pass, PlaceCache, SlotCache, new_slot_cache
 from arimg.backends.host import Exported
 from arimg.models.ar import ARConfig, CaptionEmbedding, ClassEmbedding, rotary_table
 from arimg.models.base import Condition
 
 
+def cache_names(layers: int) -> list[str]:
+    """Of the graph's inputs, in the order of a cache's store."""
+    return [f"{kind}_{layer}" for layer in range(layers) for kind in ("key", "value")]
+
+
 class ExportedTransformer(Exported):
-    """See models/base.py for the contract; subclasses name the runtime."""
+    """See models/base.py for the contract; subclasses name the runtime and its kind of cache."""
 
     graph_name = "step"
+    cache_kind: ClassVar[type[SlotCache]]
 
     def __init__(self, config: ARConfig) -> None:
         super().__init__()
@@ -30,6 +39,22 @@ class ExportedTransformer(Exported):
         self.cls_embedding: ClassEmbedding | CaptionEmbedding = embedding(config)
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)       # a tied codebook's part included
 
+    @cached_property
+    def exact(self) -> bool:
+        """Whether a pass over many positions gives the laws of passes over one each. With rounded activations that
+        needs sums of one order, bit by bit, which depends on the processor's kernels: so it is tried."""
+        return self._graph is None or not self._graph.rounds or self._equal_passes()
+
+    @torch.no_grad()
+    def _equal_passes(self, rows: int = 2) -> bool:
+        width = min(8, self.config.block_size)
+        slots_RW = self.prefix_length + torch.arange(width).expand(rows, -1)
+        x_RWD = torch.randn(rows, width, self.config.dim, generator=torch.Generator().manual_seed(0))
+        cache = self.new_cache(rows, self.prefix_length + width, (1, width))
+        together = self.step(x_RWD, slots_RW, cache)
+        alone = [self.step(x_RWD[:, k:k + 1], slots_RW[:, k:k + 1], cache) for k in range(width)]
+        return torch.equal(torch.cat(alone, dim=1), together)
+
     def null(self, condition: Condition) -> Condition:
         """The unconditional twin."""
         return self.cls_embedding.drop(condition, torch.ones(condition.rows, dtype=torch.bool))
@@ -40,8 +65,8 @@ class ExportedTransformer(Exported):
         assert store, "an exported network is not trained"
         config = self.config
         rope_SF2 = rotary_table(config, grid)[:length]
-        return new_slot_cache(rope_SF2, config.layers, rows, config.key_heads, config.head_dim, scratch,
-                              prefix_mask_RP)
+        return new_slot_cache(self.cache_kind, rope_SF2, config.layers, rows, config.key_heads, config.head_dim,
+                              scratch, prefix_mask_RP)
 
     def prefix(self, condition: Condition) -> Tensor:
         """x_RPD."""
@@ -52,22 +77,20 @@ class ExportedTransformer(Exported):
         return self.tok_embeddings(codes_RW)
 
     @torch.no_grad()
-    def step(self, x_RWD: Tensor, slots_RW: Tensor, cache: SlotCache, inject_KRWD: Tensor | None = None,
+    def step(self, x_RWD: Tensor, slots_RW: Tensor, cache: Any, inject_KRWD: Tensor | None = None,
              mask_RWW: Tensor | None = None, at_RW: Tensor | None = None) -> Tensor:
         """logits_RWV; see Backbone.step."""
         rows, width = slots_RW.shape
         one = cache.open(slots_RW, mask_RWW, at_RW)
-        past = one.past_NRGSE
-        inputs = {"x": x_RWD, "cos": one.turn_RWF2[..., 0], "sin": one.turn_RWF2[..., 1], "bias": one.bias_R1WN,
-                  "cut": torch.tensor([past.shape[3], width])}
+        inputs = {"x": x_RWD, "cos": one.turn_RWF2[..., 0], "sin": one.turn_RWF2[..., 1], "bias": one.bias}
         if inject_KRWD is None:
             inject_KRWD = x_RWD.new_zeros(self.inject_points, 1, 1, 1).expand(-1, rows, width, self.config.dim)
         inputs |= {f"inject_{k}": inject_KRWD[k].float() for k in range(self.inject_points)}
-        for layer in range(self.config.layers):
-            inputs |= {f"key_{layer}": past[2 * layer], f"value_{layer}": past[2 * layer + 1]}
-        fresh, logits = self.run({name: tensor.detach().contiguous().numpy() for name, tensor in inputs.items()})
-        cache.write(slots_RW, torch.from_numpy(fresh))
-        return torch.from_numpy(logits)
+        return self.layers(inputs, one, slots_RW, cache)
+
+    def layers(self, inputs: dict[str, Tensor], one: Pass, slots_RW: Tensor, cache: Any) -> Tensor:
+        """logits_RWV of the graph, and the pass in the cache."""
+        raise NotImplementedError
 
     def logits(self, h_RWV: Tensor) -> Tensor:
         """What `step` returned."""
@@ -78,9 +101,41 @@ class OnnxTransformer(ExportedTransformer):
     """On ONNX Runtime."""
 
     runtime = "onnx"
+    cache_kind = PlaceCache
+
+    def step(self, x_RWD: Tensor, slots_RW: Tensor, cache: PlaceCache, inject_KRWD: Tensor | None = None,
+             mask_RWW: Tensor | None = None, at_RW: Tensor | None = None) -> Tensor:
+        """See ExportedTransformer. A product of one row in 4 bits has a kernel of its own, with other sums: where
+        activations are rounded, a single position is there twice."""
+        if slots_RW.numel() > 1 or not self.graph.rounds:
+            return super().step(x_RWD, slots_RW, cache, inject_KRWD, mask_RWW, at_RW)
+        if inject_KRWD is not None:
+            inject_KRWD = inject_KRWD.expand(-1, 1, 2, -1)
+        if at_RW is not None:
+            at_RW = at_RW.expand(1, 2)
+        return super().step(x_RWD.expand(1, 2, -1), slots_RW.expand(1, 2), cache, inject_KRWD, None, at_RW)[:, :1]
+
+    def layers(self, inputs: dict[str, Tensor], one: Pass, slots_RW: Tensor, cache: PlaceCache) -> Tensor:
+        """See ExportedTransformer."""
+        (rows, width), groups = slots_RW.shape, self.config.key_heads
+        places = (torch.arange(rows)[:, None, None], torch.zeros(1, dtype=torch.int64), torch.arange(groups),
+                  slots_RW[..., None])
+        inputs["where"] = torch.stack(torch.broadcast_tensors(*places), dim=-1)
+        if cache.bound is None or not cache.bound.holds(one.past):
+            cache.bound = self.graph.bind(cache_names(self.config.layers), one.past)
+        return cache.bound(inputs, "logits", (rows, width, self.vocab_size))
 
 
 class OpenvinoTransformer(ExportedTransformer):
     """On OpenVINO."""
 
     runtime = "openvino"
+    cache_kind = HandedCache
+
+    def layers(self, inputs: dict[str, Tensor], one: Pass, slots_RW: Tensor, cache: HandedCache) -> Tensor:
+        """See ExportedTransformer."""
+        inputs["cut"] = torch.tensor([one.past.shape[3], slots_RW.shape[1]])
+        inputs |= dict(zip(cache_names(self.config.layers), one.past))
+        fresh, logits_RWV = self.graph(inputs)
+        cache.write(slots_RW, fresh)
+        return logits_RWV
