@@ -157,7 +157,7 @@ def _pack_int8(codes_NK: Tensor, scale_N: Tensor) -> PackedWeight:
         zeros_N = torch.zeros(len(scale_N), dtype=torch.int64)
         weight_NK = torch._make_per_channel_quantized_tensor(codes_NK, scale_N.double(), zeros_N, 0)
         packed = torch.ops.quantized.linear_prepack(weight_NK, None)
-    product = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
+    product = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default._op     # unchecked: 5 us less
     return PackedWeight(lambda digits_MK: product(digits_MK, 1.0, _ZERO, packed), len(scale_N))
 
 

@@ -66,7 +66,8 @@ class SwiGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Same shape as `x`."""
         gate, up = (self.w1(x), self.w3(x)) if self.w13 is None else self.w13(x).chunk(2, dim=-1)
-        return self.dropout(self.w2(F.silu(gate, inplace=not torch.is_grad_enabled()) * up))
+        in_place = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+        return self.dropout(self.w2(F.silu(gate, inplace=in_place) * up))
 
 
 class MLP(nn.Module):
