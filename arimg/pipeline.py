@@ -305,10 +305,11 @@ class Pipeline:
 
 
 def _promise(decoder: Any, transformer: Any) -> str:
-    """What the decoder promises; where the network rounds its activations, codes are the same only nearly."""
+    """What the decoder promises; where wide passes of the network have other laws, codes are the same only nearly."""
     promise: str = decoder.guarantee
-    rounded = not getattr(transformer, "exact", True)
-    return "tolerance" if rounded and promise == "same-codes" else promise
+    if promise == "same-codes" and not getattr(transformer, "exact", True):
+        return "tolerance"
+    return promise
 
 
 def _latents(result: DecodeResult, request: DecodeRequest) -> Tensor:

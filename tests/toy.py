@@ -47,6 +47,8 @@ def toy_pipeline(dtype: torch.dtype = torch.float32, control: ControlConfig | No
         for name, tensor in [named for network in networks for named in network.named_parameters()]:
             if tensor.ndim > 1:
                 torch.nn.init.normal_(tensor, std=1.0 if "embedding" in name else 0.2)
+        if config.codebook_dim is not None:
+            transformer.codebook.normal_()
     if adapter is not None:
         settings = replace(settings, control_types=adapter.config.types)
     else:

@@ -4,12 +4,13 @@ hands them back (graphs.py)."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from arimg.backends.runtimes import BoundGraph
 from arimg.models.layers import EXTENT_STEP
 
 UNSEEN = -1e30          # added to a score; exp of it is 0, and so is 0 times what stands in an unwritten slot
@@ -28,7 +29,7 @@ class SlotCache:
     """Grows with the slots that were written."""
 
     rope_SF2: Tensor            # of every slot but the scratch ones
-    real_RS: Tensor             # bool, False on padded caption slots; scratch included
+    real_RS: Tensor             # bool, False on padded caption slots; scratch included, and whole steps
     written_RS: Tensor          # bool, written and real
     store_NRGSE: Tensor
 
@@ -44,10 +45,10 @@ class SlotCache:
 
 @dataclass
 class PlaceCache(SlotCache):
-    """The graph writes keys and values, those of scratch slots too, as models.layers.Cache does. `bound` is what the
-    graph keeps about the store."""
+    """The graph writes keys and values, those of scratch slots too, as models.layers.Cache does: from the first pass
+    with leaves on, passes read all slots."""
 
-    bound: Any = None
+    bound: BoundGraph | None = None
 
     def open(self, slots_RW: Tensor, mask_RWW: Tensor | None, at_RW: Tensor | None) -> Pass:
         """Begin a pass; see models.layers.Cache.open for what it sees."""

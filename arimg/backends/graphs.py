@@ -8,13 +8,14 @@ pass itself, whose scores share one softmax, so that no pass copies the cache.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from arimg.backends.ops import Array, Ops, Value
+from arimg.backends.ops import Array, InPlaceOps, Ops, Value
 from arimg.models.ar import ARTransformer, Block
 from arimg.tokenizers.convnet import AttnBlock, Level, ResBlock
 from arimg.tokenizers.vq import VQTokenizer
@@ -39,11 +40,12 @@ def step_graph(ops: Ops, network: ARTransformer) -> None:
     x_RWD = ops.input("x", (-1, -1, config.dim))
     turn = [ops.input(name, (-1, -1, config.head_dim // 2)) for name in ("cos", "sin")]
     groups, width = config.key_heads, config.head_dim
+    attend: Callable[..., tuple[Value, list[Value]]]
+    attend = _attention_in_place if ops.in_place else _attention_in_two_parts
+    store = (-1, 1, groups, -1, width) if ops.in_place else (-1, groups, -1, width)
     if ops.in_place:
-        store, attend = (-1, 1, groups, -1, width), _attention_in_place
         bias, places = ops.input("bias", (-1, -1, 1, 1, -1)), ops.input("where", (-1, -1, groups, 4), integer=True)
     else:
-        store, attend = (-1, groups, -1, width), _attention_in_two_parts
         bias, places = ops.input("bias", (-1, 1, -1, -1)), ops.input("cut", (2,), integer=True)
     injects = [ops.input(f"inject_{k}", (-1, -1, config.dim)) for k in range(network.inject_points)]
     fresh: list[Value] = []
@@ -59,7 +61,8 @@ def step_graph(ops: Ops, network: ARTransformer) -> None:
         if ops.in_place:
             for name, value in zip(names, own):
                 ops.output(f"new_{name}", value)
-        fresh += own
+        else:
+            fresh += own
         x_RWD = ops.add(x_RWD, ops.linear(out, array(block.attention.wo.weight)))
         x_RWD = ops.add(x_RWD, _feed_forward(ops, block, x_RWD, config.norm_eps, config.ffn_hidden))
     if not ops.in_place:
@@ -73,18 +76,20 @@ def _heads(ops: Ops, block: Block, x_RWD: Value, turn: list[Value]) -> list[Valu
     attention = block.attention
     queries, groups, width = attention.heads, attention.kv_heads, attention.head_dim
     qk, values = ops.split(ops.linear(x_RWD, _projection(block)), ((queries + groups) * width, groups * width), 2)
-    turned = ops.rotate(qk, *turn, queries + groups)
+    cos, sin = turn
+    turned = ops.rotate(qk, cos, sin, queries + groups)
     return [*ops.split(turned, (queries * width, groups * width), 2), values]
 
 
 def _attention_in_place(ops: Ops, block: Block, heads: list[Value], past: list[Value], bias: Value,
                         where: Value) -> tuple[Value, list[Value]]:
     """out (R, W, D), keys and values. Each position is a product of its own, of the H queries of a key head with all
-    slots: the same sums in the same order whatever W is."""
+    slots, so that the order of its sums does not depend on W."""
     attention = block.attention
     groups, width = attention.kv_heads, attention.head_dim
     q_RWGHE = ops.reshape(heads[0], (0, 0, groups, -1, width))
-    keys, values = (ops.put(old, where, ops.reshape(new, (0, 0, groups, width))) for old, new in zip(past, heads[1:]))
+    put = cast(InPlaceOps, ops).put
+    keys, values = (put(old, where, ops.reshape(new, (0, 0, groups, width))) for old, new in zip(past, heads[1:]))
     weights_RWGHS = ops.softmax(ops.add(ops.matmul(q_RWGHE, keys, transpose_b=True), bias))
     return ops.reshape(ops.matmul(weights_RWGHS, values), (0, 0, -1)), [keys, values]
 

@@ -29,7 +29,7 @@ class Exported(nn.Module):
         self._graph = load_graph(self.runtime, folder, self.graph_name, dtype or torch.float32)
 
     @property
-    def graph(self) -> Any:
+    def graph(self) -> Graph:
         """The loaded graph."""
         assert self._graph is not None, "open_graph comes first"
         return self._graph

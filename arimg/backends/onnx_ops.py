@@ -18,7 +18,7 @@ _OWN = "com.microsoft"
 
 
 class OnnxOps:
-    """See Ops."""
+    """See InPlaceOps."""
 
     in_place = True
 
@@ -155,7 +155,7 @@ class OnnxOps:
         return self._op("Transpose", x, perm=list(order))
 
     def put(self, past: str, where: str, new: str) -> str:
-        """See Ops."""
+        """See InPlaceOps."""
         return self._op("ScatterND", past, where, new)
 
     def write(self, path: Path) -> None:

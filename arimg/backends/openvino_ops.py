@@ -148,10 +148,6 @@ class OpenvinoOps:
         """See Ops."""
         return self._o.transpose(x, self._o.constant(list(order)))
 
-    def put(self, past: Any, where: Any, new: Any) -> Any:
-        """See Ops."""
-        return self._o.scatter_nd_update(past, where, new)
-
     def write(self, path: Path) -> None:
         """The graph, and its weights in a second file beside it."""
         import openvino

@@ -28,7 +28,7 @@ class Ops(Protocol):
     """One graph under construction. Shapes are as in numpy; -1 in the shape of an input is free, and in `reshape` 0
     keeps an axis and -1 is what is left.
 
-    `in_place`: whether an input may be written where it lies (`put`).
+    `in_place`: whether it is InPlaceOps.
     """
 
     in_place: bool
@@ -93,11 +93,15 @@ class Ops(Protocol):
     def transpose(self, x: Value, order: Sequence[int]) -> Value:
         """Axes in another order."""
 
-    def put(self, past: Value, where: Value, new: Value) -> Value:
-        """The past with the rows of `new` at the places `where`, whose last axis indexes the first axes of the past."""
-
     def write(self, path: Path) -> None:
         """Save the graph."""
+
+
+class InPlaceOps(Ops, Protocol):
+    """Of a runtime that may write an input where it lies."""
+
+    def put(self, past: Value, where: Value, new: Value) -> Value:
+        """The past with the rows of `new` at the places `where`, whose last axis indexes the first axes of the past."""
 
 
 def int8_rows(weight_NK: Array, block: int | None = None) -> tuple[Array, Array]:

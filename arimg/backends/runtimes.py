@@ -52,6 +52,10 @@ class OnnxGraph:
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3          # errors
         self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        inputs, outputs = ({one.name for one in ends} for ends in (self._session.get_inputs(),
+                                                                   self._session.get_outputs()))
+        if "key_0" in inputs and "new_key_0" not in outputs:
+            raise CheckpointError(f"{path}: was exported by an older arimg; export the model again")
         self.rounds = self._session.get_modelmeta().custom_metadata_map.get("weights") != "float32"
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:

@@ -7,15 +7,20 @@ already and `logits` hands them through.
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Any, ClassVar
+from math import isqrt
+from pathlib import Path
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from arimg.backends.cache import HandedCache, Pass, PlaceCache, SlotCache, new_slot_cache
 from arimg.backends.host import Exported
+from arimg.backends.runtimes import OnnxGraph
 from arimg.models.ar import ARConfig, CaptionEmbedding, ClassEmbedding, rotary_table
 from arimg.models.base import Condition
+
+_TILE = 128         # rows that a product of ONNX Runtime with small weights gives to a thread
 
 
 def cache_names(layers: int) -> list[str]:
@@ -39,6 +44,11 @@ class ExportedTransformer(Exported):
         self.cls_embedding: ClassEmbedding | CaptionEmbedding = embedding(config)
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)       # a tied codebook's part included
 
+    def open_graph(self, folder: Path, dtype: torch.dtype | None) -> None:
+        """See Exported."""
+        super().open_graph(folder, dtype)
+        self.__dict__.pop("exact", None)
+
     @cached_property
     def exact(self) -> bool:
         """Whether a pass over many positions gives the laws of passes over one each. With rounded activations that
@@ -47,10 +57,15 @@ class ExportedTransformer(Exported):
 
     @torch.no_grad()
     def _equal_passes(self, rows: int = 2) -> bool:
-        width = min(8, self.config.block_size)
-        slots_RW = self.prefix_length + torch.arange(width).expand(rows, -1)
-        x_RWD = torch.randn(rows, width, self.config.dim, generator=torch.Generator().manual_seed(0))
-        cache = self.new_cache(rows, self.prefix_length + width, (1, width))
+        """At the end of the largest square and a full cache, whose values are random."""
+        side, random = isqrt(self.config.block_size), torch.Generator().manual_seed(0)
+        stop, width = self.prefix_length + side ** 2, min(8, side ** 2)
+        cache = self.new_cache(rows, stop, (side, side))
+        cache.hold(stop)
+        cache.store_NRGSE.normal_(generator=random)
+        cache.written_RS[:, :stop - width] = True
+        slots_RW = torch.arange(stop - width, stop).expand(rows, -1)
+        x_RWD = torch.randn(rows, width, self.config.dim, generator=random)
         together = self.step(x_RWD, slots_RW, cache)
         alone = [self.step(x_RWD[:, k:k + 1], slots_RW[:, k:k + 1], cache) for k in range(width)]
         return torch.equal(torch.cat(alone, dim=1), together)
@@ -105,15 +120,16 @@ class OnnxTransformer(ExportedTransformer):
 
     def step(self, x_RWD: Tensor, slots_RW: Tensor, cache: PlaceCache, inject_KRWD: Tensor | None = None,
              mask_RWW: Tensor | None = None, at_RW: Tensor | None = None) -> Tensor:
-        """See ExportedTransformer. A product of one row in 4 bits has a kernel of its own, with other sums: where
-        activations are rounded, a single position is there twice."""
-        if slots_RW.numel() > 1 or not self.graph.rounds:
+        """See ExportedTransformer. Products go by tiles of rows, and a tile of one row in 4 bits has a kernel of its own,
+        with other sums: where activations are rounded and one would be left, the last position is there twice."""
+        if slots_RW.numel() % _TILE != 1 or not self.graph.rounds:
             return super().step(x_RWD, slots_RW, cache, inject_KRWD, mask_RWW, at_RW)
-        if inject_KRWD is not None:
-            inject_KRWD = inject_KRWD.expand(-1, 1, 2, -1)
-        if at_RW is not None:
-            at_RW = at_RW.expand(1, 2)
-        return super().step(x_RWD.expand(1, 2, -1), slots_RW.expand(1, 2), cache, inject_KRWD, None, at_RW)[:, :1]
+        width = slots_RW.shape[1]
+        twice = torch.arange(width + 1).clamp_(max=width - 1)
+        inject_KRWD = None if inject_KRWD is None else inject_KRWD[:, :, twice]
+        mask_RWW = None if mask_RWW is None else mask_RWW[:, twice][:, :, twice]
+        at_RW = None if at_RW is None else at_RW[:, twice]
+        return super().step(x_RWD[:, twice], slots_RW[:, twice], cache, inject_KRWD, mask_RWW, at_RW)[:, :width]
 
     def layers(self, inputs: dict[str, Tensor], one: Pass, slots_RW: Tensor, cache: PlaceCache) -> Tensor:
         """See ExportedTransformer."""
@@ -122,7 +138,8 @@ class OnnxTransformer(ExportedTransformer):
                   slots_RW[..., None])
         inputs["where"] = torch.stack(torch.broadcast_tensors(*places), dim=-1)
         if cache.bound is None or not cache.bound.holds(one.past):
-            cache.bound = self.graph.bind(cache_names(self.config.layers), one.past)
+            graph = cast(OnnxGraph, self.graph)
+            cache.bound = graph.bind(cache_names(self.config.layers), one.past)
         return cache.bound(inputs, "logits", (rows, width, self.vocab_size))
 
 

@@ -13,13 +13,14 @@ from torch import Tensor
 
 from arimg.backends.ops import RUNTIMES, int4_rows, int8_rows, packed
 from arimg.backends.transformer import ExportedTransformer, OnnxTransformer
-from arimg.checkpoints import INDEX
+from arimg.checkpoints import INDEX, load_component
 from arimg.errors import CheckpointError, InputError, UnknownNameError
-from arimg.export import export_pipeline
+from arimg.export import export_component, export_pipeline
 from arimg.models.ar import ARConfig, ARTransformer
 from arimg.models.base import Condition
 from arimg.pipeline import Pipeline
 from arimg.quantize import Int8Linear
+from arimg.threads import cpu_threads
 from tests.toy import SIDE, toy_folder, toy_pipeline
 
 PACKAGES = {"onnx": "onnxruntime", "openvino": "openvino"}
@@ -27,6 +28,8 @@ INSTALLED = [pytest.param(name, marks=pytest.mark.skipif(
     find_spec(PACKAGES[name]) is None, reason=f"{PACKAGES[name]} is not installed: pip install 'arimg[export]'"))
     for name in RUNTIMES]
 runtimes = pytest.mark.parametrize("runtime", INSTALLED)
+needs_onnx = pytest.mark.skipif(find_spec("onnxruntime") is None,
+                                reason="onnxruntime is not installed: pip install 'arimg[export]'")
 
 
 Twins = tuple[Pipeline, Pipeline]
@@ -138,6 +141,56 @@ def test_rounded_activations_change_no_code_of_a_wide_pass(tmp_path: Path, runti
             assert torch.equal(got.codes, wanted.codes) and got.stats.extra["guarantee"] == "same-codes"
 
 
+@needs_onnx
+@pytest.mark.parametrize("rows,width", [(1, 5), (3, 2), (1, 129), (3, 43)])
+def test_wide_passes_in_four_bits_have_the_very_laws_of_single_ones(tmp_path: Path, rows: int, width: int) -> None:
+    """With injected rows, on two threads; the last two cases leave one row behind a tile of 128."""
+    torch.manual_seed(0)
+    network = ARTransformer(ARConfig(vocab_size=32, dim=128, layers=2, heads=4, ffn_hidden=256, block_size=256,
+                                     num_classes=2, inject_layers=(0,)))
+    torch.nn.init.normal_(network.output.weight)
+    with cpu_threads(2):
+        export_component(network, "onnx", "int4", tmp_path)
+        exported = load_component(tmp_path, torch.float32)
+    assert exported.exact
+    slots_RW, x_RWD = torch.arange(1, 1 + width).expand(rows, -1), torch.randn(rows, width, 128)
+    inject_KRWD, cache = torch.randn(1, rows, width, 128), exported.new_cache(rows, 257, (16, 16))
+    alone = [exported.step(x_RWD[:, k:k + 1], slots_RW[:, k:k + 1], cache, inject_KRWD[:, :, k:k + 1])
+             for k in range(width)]
+    together = exported.step(x_RWD, slots_RW, exported.new_cache(rows, 257, (16, 16)), inject_KRWD)
+    assert torch.equal(together, torch.cat(alone, dim=1))
+
+
+@needs_onnx
+def test_a_single_leaf_is_read_as_among_others(tmp_path: Path) -> None:
+    """A scratch slot at the place of another one."""
+    torch.manual_seed(0)
+    network = ARTransformer(ARConfig(vocab_size=32, dim=128, layers=2, heads=4, ffn_hidden=256, block_size=16))
+    torch.nn.init.normal_(network.output.weight)
+    export_component(network, "onnx", "int4", tmp_path)
+    exported, x_1WD = load_component(tmp_path, torch.float32), torch.randn(1, 4, 128)
+    slots_1W, at_1W = torch.tensor([[1, 2, 17, 18]]), torch.tensor([[1, 2, 3, 3]])
+    together = exported.step(x_1WD, slots_1W, exported.new_cache(1, 17, (4, 4), scratch=2), at_RW=at_1W)
+    cache = exported.new_cache(1, 17, (4, 4), scratch=2)
+    alone = [exported.step(x_1WD[:, k:k + 1], slots_1W[:, k:k + 1], cache, at_RW=at_1W[:, k:k + 1]) for k in range(4)]
+    assert torch.equal(together, torch.cat(alone, dim=1))
+
+
+@needs_onnx
+def test_a_graph_of_another_form_is_named(tmp_path: Path) -> None:
+    """As exported before keys and values were written in place."""
+    import onnx
+
+    network = ARTransformer(ARConfig(vocab_size=32, dim=64, layers=1, heads=4, ffn_hidden=128, block_size=16))
+    export_component(network, "onnx", "float32", tmp_path)
+    model = onnx.load(tmp_path / "step.onnx")
+    del model.graph.output[:2]
+    onnx.save(model, tmp_path / "step.onnx")
+    with pytest.raises(CheckpointError, match="older arimg; export the model again"):
+        load_component(tmp_path, torch.float32)
+
+
+@needs_onnx
 def test_a_promise_of_same_codes_is_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a wide pass has other sums, as on a processor with other kernels."""
     _, theirs = exported(tmp_path, "onnx", "int8")

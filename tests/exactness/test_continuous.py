@@ -166,7 +166,7 @@ def test_the_relaxed_decoder_fails() -> None:
     plain, _ = run(Masked(), target, Setup(20_000, 2, steps=2, seed=5))
     assert stats.extra["judged"] > 0
     assert ks_two(last, plain[:, 1]) < LIMIT
-    assert mmd(tokens[:400], plain[:400], 100) <= 2 / 100
+    assert mmd(tokens[:2000], plain[:2000]) < LIMIT
 
 
 def test_a_good_draft_is_blanked_by_the_released_residual() -> None:
@@ -211,14 +211,14 @@ def test_prefill_keeps_the_law(prefill: float) -> None:
     assert moment_errors(tokens, *linear_law(WEIGHTS, BIAS, *TARGET.law())) < 4
 
 
-@pytest.mark.parametrize("count,permutations", [(400, 100), pytest.param(2000, 500, marks=pytest.mark.slow)])
-def test_mmd_of_speculative_and_plain_tokens(count: int, permutations: int) -> None:
+@pytest.mark.parametrize("count", [400, pytest.param(2000, marks=pytest.mark.slow)])
+def test_mmd_of_speculative_and_plain_tokens(count: int) -> None:
     draft = four_tokens(DRAFTS["wider"], 0.7 * WEIGHTS)
     plain, _ = run(ArContinuous(last_noise=True), four_tokens(), Setup(count, 4, seed=1))
     tokens, _ = run(Cspd(draft, 3), four_tokens(), Setup(count, 4))
-    assert mmd(tokens, plain, permutations) > LIMIT
+    assert mmd(tokens, plain) > LIMIT
     wrong, _ = run(ArContinuous(last_noise=True), four_tokens(weights=0.5 * WEIGHTS), Setup(count, 4))
-    assert mmd(wrong, plain, permutations) <= 2 / permutations
+    assert mmd(wrong, plain) < LIMIT
 
 
 def test_without_rollback_the_law_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,7 +246,7 @@ def test_masked_networks_keep_their_law(steps: int) -> None:
     plain, _ = run(Masked(last_noise=True), target, Setup(5000, 4, steps=steps, seed=3))
     for position in range(4):
         assert ks_two(tokens[:, position], plain[:, position]) > LIMIT / 4
-    assert mmd(tokens[:400], plain[:400], 100) > LIMIT
+    assert mmd(tokens[:400], plain[:400]) > LIMIT
     assert 0 < stats.extra["acceptance"] < 1
 
 

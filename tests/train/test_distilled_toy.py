@@ -103,7 +103,8 @@ def dd1(given: dict[str, Any]) -> Pipeline:
 def dd2(given: dict[str, Any], home: Path) -> Pipeline:
     """Teacher and generator, through both stages."""
     trained("dd2-tuning", "tuned", 300, 3e-3, head_width=64, head_depth=2, draws=2, fit_steps=300, **given)
-    alone, aligned, updates = 1100, 40, 350
+    alone, aligned, updates = 900, 40, 300
+    given = {**given, "data": {**given["data"], "batch_size": 48}}      # 16 leave the colours of some modes apart
     folder = trained("dd2", "dd2", alone + aligned + 2 * updates, 3e-3, draws=2, weight="one", pair_weight=0.5,
                      turns={"pairs_alone": alone, "align_at": alone, "align_steps": aligned, "updates_after": 2},
                      init_from=str(home / "runs" / "tuned" / "export" / "tuned"), **given, guidance={
