@@ -166,6 +166,8 @@ class Pipeline:
         call = call_options({"control": control, **options}, self.settings)
         check_fit(self.tokenizer, self.transformer, self.control, self.decoders)
         decoder = find_decoder(call.decoder, self.transformer, self.decoders, call.window, call.lossy, call.verify)
+        if call.audit and order_of(self.transformer) == "continuous":
+            raise InputError("audit: these tokens are continuous, and only codes are scored; leave it out")
         clock = _Clock(self.device)
         request, maps = self._request(call)
         clock.lap("control")
@@ -179,8 +181,7 @@ class Pipeline:
         clock.lap("pixels")
         extra = {**result.stats.extra, "guarantee": _promise(decoder, self.transformer)}
         if call.audit:
-            if result.codes_BL is None:
-                raise InputError("audit: these tokens are continuous, and only codes are scored; leave it out")
+            assert result.codes_BL is not None
             extra["audit"] = audit(self.transformer, request, result.codes_BL)
             clock.lap("audit")
         stats = replace(result.stats, seconds=clock.seconds, extra=extra)

@@ -14,6 +14,7 @@ from arimg.bench.exported import bench_painting, exported_sides, quantised_sides
 from arimg.bench.original import ar_pair, load_llamagen, vq_pair
 from arimg.bench.original_mar import bench_generation, load_mar, mar_pair
 from arimg.bench.side_by_side import bench_decoding, bench_pixels, bench_training, to_markdown
+from arimg.errors import InputError
 from arimg.memory import keep_freed_memory
 from arimg.presets import AR_PRESETS
 from arimg.tokenizers.vq import VQConfig
@@ -79,4 +80,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except InputError as error:
+        raise SystemExit(f"error: {error}") from None

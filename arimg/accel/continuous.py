@@ -19,7 +19,7 @@ from arimg.accel.masked import paint_step, progress
 from arimg.accel.plan import Ramp
 from arimg.accel.target import Target
 from arimg.errors import InputError
-from arimg.models.base import Order
+from arimg.models.base import Order, order_of
 from arimg.noise import Purpose
 
 LONGEST_DRAFT = 8       # of window "auto"
@@ -73,7 +73,8 @@ class SpeculativeRun:
     def __init__(self, decoder: Cspd, backbone: Any, request: DecodeRequest) -> None:
         if decoder.draft is None:
             raise InputError("the decoder cspd needs a draft network: Cspd(draft); jacobi-continuous needs none")
-        if is_masked(backbone) != is_masked(decoder.draft) or backbone.head.channels != decoder.draft.head.channels:
+        if (order_of(decoder.draft) != "continuous" or is_masked(backbone) != is_masked(decoder.draft)
+                or backbone.head.channels != decoder.draft.head.channels):
             raise InputError("the draft network and the model are of different kinds; draft with a smaller model "
                              "of the same kind and tokenizer")
         for network in (backbone, decoder.draft):

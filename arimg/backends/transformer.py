@@ -120,8 +120,8 @@ class OnnxTransformer(ExportedTransformer):
 
     def step(self, x_RWD: Tensor, slots_RW: Tensor, cache: PlaceCache, inject_KRWD: Tensor | None = None,
              mask_RWW: Tensor | None = None, at_RW: Tensor | None = None) -> Tensor:
-        """See ExportedTransformer. Products go by tiles of rows, and a tile of one row in 4 bits has a kernel of its own,
-        with other sums: where activations are rounded and one would be left, the last position is there twice."""
+        """See ExportedTransformer. Products go by tiles of rows, and a tile of one row in 4 bits has a kernel of its
+        own, with other sums: where activations are rounded and one would be left, the last position is there twice."""
         if slots_RW.numel() % _TILE != 1 or not self.graph.rounds:
             return super().step(x_RWD, slots_RW, cache, inject_KRWD, mask_RWW, at_RW)
         width = slots_RW.shape[1]

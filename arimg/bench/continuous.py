@@ -107,10 +107,10 @@ def bench_continuous(pipe: Pipeline, draft: Any, windows: Sequence[int], steps: 
     first = measured[f"plain, {total} steps"][0]
     cost = math.nan
     if draft is not None:
-        own = median(timed(pipe.device, lambda: plain().decode(Target(draft, request), request))[0]
-                     for _ in range(repeats))
+        same = replace(request, steps=total if masked else None)
+        own = median(timed(pipe.device, lambda: plain().decode(Target(draft, same), same))[0] for _ in range(repeats))
         cost = own / first
-    rows = [_row(name, decoders[name], measured[name], cost) for name in measured]
+    rows = [_row(name, decoders[name], measured[name], cost, "none" if name in extra else None) for name in measured]
     return ContinuousReport(describe(pipe.device), str(pipe.dtype).removeprefix("torch."), n, repeats, scale, cost,
                             tuple(rows))
 
@@ -130,15 +130,16 @@ def _laps(pipe: Pipeline, request: DecodeRequest, decoders: dict[str, tuple[Deco
     return {name: (median(seconds[name]), stats[name]) for name in decoders}
 
 
-def _row(name: str, decoder: tuple[Decoder, int], measured: tuple[float, DecodeStats],
-         cost: float) -> ContinuousCost:
+def _row(name: str, decoder: tuple[Decoder, int], measured: tuple[float, DecodeStats], cost: float,
+         guarantee: Guarantee | None) -> ContinuousCost:
+    """`guarantee`: where it is not the decoder's own, because it has fewer steps than the others."""
     (one, steps), (seconds, stats) = decoder, measured
     acceptance, formula = stats.extra.get("acceptance", math.nan), math.nan
     if isinstance(one, CspdRelaxed):
         formula = expected(steps, math.floor(steps * one.prefill) + 1, one.window, cost)
     elif isinstance(one, Cspd) and isinstance(one.window, int):
         formula = textbook(acceptance, one.window, cost)
-    return ContinuousCost(name, one.guarantee, steps, stats.forward_passes, stats.extra.get("draft_passes", 0),
+    return ContinuousCost(name, guarantee or one.guarantee, steps, stats.forward_passes, stats.extra.get("draft_passes", 0),
                           stats.extra["head_tokens"] + stats.extra.get("draft_head_tokens", 0), acceptance,
                           steps / stats.forward_passes, seconds, formula)
 

@@ -271,7 +271,8 @@ def all_rows(model: str, count: int, markdown: str | None, work: str | None, bat
     report = table.evaluate_all(rows, place, model=model, weights_sha256=weights)
     show(report, json_path)
     if markdown is not None:
-        line = f"arimg eval all --model {model} -n {count} --seed {seed} --extractor {extractor_name}"
+        line = (f"arimg eval all --model {model} -n {count} --batch {batch} --seed {seed} "
+                f"--extractor {extractor_name}")
         table.write_markdown(Path(markdown), table.as_page(report, line))
 
 

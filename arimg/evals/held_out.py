@@ -70,6 +70,8 @@ def folder_pictures(folder: Path, size: tuple[int, int], count: int, seed: int =
 
 def files_below(folder: Path, count: int | None, seed: int = 0) -> list[Path]:
     """`count` picture files below a folder, which the seed chooses; None = all, by name. Raises InputError."""
+    if not folder.is_dir():
+        raise InputError(f"{folder}: {'is a file' if folder.is_file() else 'no such folder'}; give one with pictures")
     found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
     if not found:
         raise InputError(f"{folder}: no picture below it ({', '.join(SUFFIXES)}); give a folder that holds some")

@@ -168,7 +168,8 @@ def _load_statistics(path: Path) -> PictureSet:
 def picture_files(folder: Path) -> list[Path]:
     """The pictures directly in a folder, by name. Raises InputError when there is none."""
     if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder; give a folder of pictures ({', '.join(SUFFIXES)})")
+        what = "is a file" if folder.is_file() else "no such folder"
+        raise InputError(f"{folder}: {what}; give a folder of pictures ({', '.join(SUFFIXES)})")
     found = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
     if not found:
         raise InputError(f"{folder}: no picture in it ({', '.join(SUFFIXES)}); give a folder that holds some")

@@ -15,6 +15,7 @@ from arimg.accel.relaxed import CspdRelaxed
 from arimg.accel.target import Target
 from arimg.errors import InputError
 from tests.models.toy_continuous import HEAD, SIDE, nearby, one_of, toy_causal, toy_mar, toy_request
+from tests.toy import toy_pipeline
 
 LENGTH = SIDE ** 2
 FLOW = replace(HEAD, kind="flow", steps="3", last_std=0.1)
@@ -187,6 +188,7 @@ def test_steps_are_reported() -> None:
     (Cspd(), toy_mar(), {}, "Cspd(draft)"),
     (Cspd(toy_causal()), toy_mar(), {}, "different kinds"),
     (Cspd(toy_causal(latent_channels=3)), toy_causal(), {}, "different kinds"),
+    (Cspd(toy_pipeline().transformer), toy_causal(), {}, "different kinds"),
     (Cspd(toy_causal()), toy_causal(), {"sampling": Sampling(0.0)}, "no density"),
     (Cspd(toy_causal()), toy_causal(0, replace(HEAD, method="ddim")), {}, "no density"),
     (Masked(last_noise=True), toy_mar(0, replace(HEAD, method="ddim")), {}, "no density"),

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
+from arimg.accel.masked import Masked
 from arimg.bench.continuous import bench_continuous, expected, textbook, to_markdown
 from arimg.cli import main
 from arimg.errors import InputError
@@ -25,9 +27,22 @@ def test_rows_of_mar_with_a_draft() -> None:
     assert plain.passes == 8 and plain.draft_passes == 0 and plain.head_tokens == 32 and math.isnan(plain.acceptance)
     assert relaxed.passes == 1 + 4 and relaxed.draft_passes == 7 and relaxed.guarantee == "none"
     assert rows["plain, 5 steps"].passes == 5, "the target alone, as often as it is asked in the relaxed scheme"
+    assert plain.guarantee == "same-law" and rows["plain, 5 steps"].guarantee == "none", "fewer steps, another law"
     assert rows["cspd W=2"].guarantee == "same-law" and 0 <= rows["cspd W=2"].acceptance <= 1
     page = to_markdown(report)
     assert all(f"`{name}`" in page for name in rows)
+
+
+def test_a_draft_step_is_timed_like_one_of_the_target(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, asked, decode = toy_continuous_pipeline("masked"), set[tuple[bool, int | None]](), Masked.decode
+    draft = nearby(pipe.transformer)
+
+    def noted(self: Masked, target: Any, request: Any, *rest: Any) -> Any:
+        asked.add((target.backbone is draft, request.steps))
+        return decode(self, target, request, *rest)
+    monkeypatch.setattr(Masked, "decode", noted)
+    bench_continuous(pipe, draft, [], 4, 2.0, 2, 1)
+    assert asked == {(False, 4), (True, 4)}
 
 
 def test_rows_of_the_causal_model_without_a_draft() -> None:
