@@ -110,7 +110,8 @@ def bench_continuous(pipe: Pipeline, draft: Any, windows: Sequence[int], steps: 
         same = replace(request, steps=total if masked else None)
         own = median(timed(pipe.device, lambda: plain().decode(Target(draft, same), same))[0] for _ in range(repeats))
         cost = own / first
-    rows = [_row(name, decoders[name], measured[name], cost, "none" if name in extra else None) for name in measured]
+    rows = [_row(name, decoders[name], measured[name], cost, "none" if name in extra else None)
+            for name in measured]
     return ContinuousReport(describe(pipe.device), str(pipe.dtype).removeprefix("torch."), n, repeats, scale, cost,
                             tuple(rows))
 
