@@ -140,7 +140,8 @@ def _row(name: str, decoder: tuple[Decoder, int], measured: tuple[float, DecodeS
         formula = expected(steps, math.floor(steps * one.prefill) + 1, one.window, cost)
     elif isinstance(one, Cspd) and isinstance(one.window, int):
         formula = textbook(acceptance, one.window, cost)
-    return ContinuousCost(name, guarantee or one.guarantee, steps, stats.forward_passes, stats.extra.get("draft_passes", 0),
+    return ContinuousCost(name, guarantee or one.guarantee, steps, stats.forward_passes,
+                          stats.extra.get("draft_passes", 0),
                           stats.extra["head_tokens"] + stats.extra.get("draft_head_tokens", 0), acceptance,
                           steps / stats.forward_passes, seconds, formula)
 
