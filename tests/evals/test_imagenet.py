@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from click.testing import CliRunner, Result
 
 import arimg
@@ -68,6 +70,17 @@ def imagenet(*arguments: str, code: int = 0) -> Result:
 def options(model: str, number: int = NUMBER, shard: int = SHARD) -> list[str]:
     return ["--model", model, "-n", str(number), "--shard", str(shard), "--batch", "3", "--seed", "5",
             "--reference", "virtual.npz", "--rounds", "3", "--json", "report.json"]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs/eval").glob("imagenet-*.yaml")), ids=lambda path: path.stem)
+def test_published_settings_measure_a_toy(path: Path, model: str) -> None:
+    """Every file, with a small model, few pictures and the toy's sizes and reference."""
+    virtual_file(Path("virtual.npz"))
+    imagenet("--config", str(path), "--size", str(SIDE), *options(model, 6, 6))
+    protocol = read_report()["protocol"]
+    assert protocol["evaluation"] == "imagenet" and protocol["not_comparable_with_published"]
+    published = yaml.safe_load(path.read_text())
+    assert protocol["options"]["cfg"] == published["cfg"] and protocol["options"]["decoder"] == published["decoder"]
 
 
 def program(*arguments: str, processes: int = 1, die_after: int = 0) -> subprocess.CompletedProcess[str]:
@@ -262,21 +275,27 @@ def test_damaged_pictures() -> None:
 # At length
 
 
-def peak(number: int, folder: Path) -> int:
-    """The most bytes of tensors at once, over sampling and figures."""
+def peak(number: int, folder: Path) -> tuple[int, int]:
+    """The most bytes at once: of tensors, over sampling and figures, and of arrays and objects, over sampling."""
     sampler = Sampler(toy_pipeline(control=None), {}, Plan(number, 0, "uniform", (SIDE, SIDE), shard=100, batch=50))
     shards = Shards(folder, {}, number, 100)
     law = generation_reference(virtual_file(folder / "virtual.npz"), FakeInception())
 
-    def whole() -> None:
+    def whole() -> int:
+        tracemalloc.start()
         sample_shards(sampler, FakeInception(), shards, Processes())
+        objects = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
         evaluate_samples(sampler, FakeInception(), shards, law, rounds=1)
-    return peak_memory(torch.device("cpu"), whole)[0]
+        return objects
+    return peak_memory(torch.device("cpu"), whole)
 
 
 @pytest.mark.slow
 def test_memory_is_flat(tmp_path: Path) -> None:
-    assert peak(2000, tmp_path / "many") <= 1.02 * peak(200, tmp_path / "few")
+    peak(200, tmp_path / "first")           # caches and imports
+    (tensors, objects), (few_tensors, few_objects) = peak(2000, tmp_path / "many"), peak(200, tmp_path / "few")
+    assert tensors <= 1.02 * few_tensors and objects <= few_objects + 200_000, "2,000 pictures are 1.5 MB"
 
 
 @pytest.mark.slow

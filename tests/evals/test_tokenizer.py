@@ -12,6 +12,7 @@ import torch
 from click.testing import CliRunner, Result
 from PIL import Image
 
+import arimg
 from arimg.checkpoints import load_component
 from arimg.cli import main
 from arimg.data import to_images
@@ -57,6 +58,13 @@ def tokenizer(places: Path, *arguments: str, code: int = 0) -> Result:
 def measured(places: Path, *arguments: str) -> dict[str, Any]:
     tokenizer(places, *arguments, "--json", "report.json")
     return json.loads(Path("report.json").read_text())
+
+
+def test_published_settings_measure_a_toy(places: Path) -> None:
+    config = Path(arimg.__file__).parents[1] / "configs/eval/tokenizer-llamagen-vq16.yaml"
+    protocol = measured(places, "--config", str(config), "--measured-size", "8")["protocol"]
+    assert (protocol["pictures"], protocol["size"], protocol["measured_size"], protocol["extractor"]["name"]) == (
+        6, 16, 8, "toy")
 
 
 def test_a_folder_is_cropped_as_adm_does_and_compared_with_itself(places: Path) -> None:
