@@ -20,7 +20,7 @@ from arimg.train.dd_losses import (denoised, fake_score_loss, ground_truth_score
 from tests.chi_square import total_variation
 
 CODES, BATCH, GRID = 5, 128, (1, 2)
-STEPS, ROUNDS, UPDATES = 1000, 800, 5        # of the first stage, of the second, of the guidance network in a round
+STEPS, ROUNDS, UPDATES = 1000, 1400, 5        # of the first stage, of the second, of the guidance network in a round
 RANDOM = torch.Generator().manual_seed(3)
 SPACE = VQSpace(torch.randn(CODES, 2, generator=RANDOM))
 FIRST = (1.2 * torch.randn(CODES, generator=RANDOM)).softmax(-1)
