@@ -24,7 +24,7 @@ from tests.toy import toy_pipeline
 DECODERS = [PlainAR(), Jacobi(8), Scd(8), ScdSiblings(8), ZipAR(3)]
 
 
-@pytest.mark.parametrize("decoder", ["ar", "jacobi", "scd"])
+@pytest.mark.parametrize("decoder", ["jacobi", *(pytest.param(one, marks=pytest.mark.slow) for one in ("ar", "scd"))])
 def test_fifty_calls_do_not_grow_memory(decoder: str) -> None:
     pipe, process = toy_pipeline(), psutil.Process()
 
