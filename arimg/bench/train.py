@@ -55,10 +55,10 @@ class TrainReport:
     objective: str
     machine: str
     precision: str                  # float32 | bfloat16 | float16 (autocast)
-    batch_size: int
+    batch_size: int                 # samples of a step, in all its micro-batches
     parameters: int                 # trained ones
     steps: int                      # measured, per network
-    step_flops: int                 # forward and backward of one batch
+    step_flops: int                 # forward and backward of a step
     gemm_flops_per_second: dict[str, float]
     networks: tuple[StepTimes, ...]
     operators: tuple[Operator, ...]
@@ -83,13 +83,12 @@ def bench_train(config: RunConfig, steps: int = 8, compare_compiled: bool = Fals
     operators = top_operators(trainer.train_step, trainer.accelerator.device)
     rates = {name: clock.rate for name, clock in gemms.items()}
     precision = _name(_PRECISIONS[trainer.accelerator.mixed_precision])
-    times = tuple(_times(name, lap, config.data.batch_size, flops, rates[precision])
-                  for name, lap in laps.items())
+    samples = config.data.batch_size * config.train.accumulation
+    times = tuple(_times(name, lap, samples, flops, rates[precision]) for name, lap in laps.items())
     parameters = sum(weight.numel() for network in trainer.networks.values() for weight in network.parameters()
                      if weight.requires_grad)
-    return TrainReport(config.name, config.objective, describe(trainer.accelerator.device), precision,
-                       config.data.batch_size, parameters, steps, flops, rates, times, operators,
-                       _verdict(times[-1], operators))
+    return TrainReport(config.name, config.objective, describe(trainer.accelerator.device), precision, samples,
+                       parameters, steps, flops, rates, times, operators, _verdict(times[-1], operators))
 
 
 def _check_compiler() -> None:
@@ -121,14 +120,14 @@ def _gemm_clocks(precision: str, device: torch.device) -> dict[str, GemmClock]:
 
 
 def _step_flops(trainer: Trainer) -> int:
-    """Of forward and backward of one batch."""
+    """Of forward and backward of a step."""
     batch = tuple(tensor.to(trainer.accelerator.device) for tensor in trainer.batches.make(0))
 
     def step() -> None:
         losses, _ = trainer.objective.losses(trainer.networks, batch, 0)
         for loss in losses.values():
             trainer.accelerator.backward(loss)
-    flops = count_flops(step)
+    flops = count_flops(step) * trainer.config.train.accumulation
     for learner in trainer.learners.values():
         learner.optimizer.zero_grad()
     return flops
@@ -175,11 +174,11 @@ def _run(trainer: Trainer, variants: dict[str, dict[str, nn.Module]], gemms: dic
     return laps
 
 
-def _times(network: str, laps: list[dict[str, float]], batch_size: int, flops: int, rate: float) -> StepTimes:
+def _times(network: str, laps: list[dict[str, float]], samples: int, flops: int, rate: float) -> StepTimes:
     seconds = {phase: median(lap[phase] for lap in laps) for phase in PHASES}
     step = median(lap["step"] for lap in laps)
     through = median(lap["forward"] + lap["backward"] for lap in laps)
-    return StepTimes(network, seconds, step, batch_size / step, flops / through / rate)
+    return StepTimes(network, seconds, step, samples / step, flops / through / rate)
 
 
 def _verdict(times: StepTimes, operators: tuple[Operator, ...]) -> str:

@@ -271,12 +271,12 @@ def _visible(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool) -> Tensor 
 
 
 def _math(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-    scores = at_least_float32(q) @ at_least_float32(k).transpose(-2, -1) * q.shape[-1] ** -0.5
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
     visible = _visible(q, k, mask, causal)
     if visible is not None:
-        scores = scores.masked_fill(~visible, float("-inf"))
-    weights = (scores - scores.amax(-1, keepdim=True)).exp()       # divided by their sum last, once per channel
-    return (weights @ at_least_float32(v) / weights.sum(-1, keepdim=True)).to(q.dtype)
+        scores = scores + torch.zeros_like(visible, dtype=scores.dtype).masked_fill(~visible, float("-inf"))
+    weights = (scores - scores.amax(-1, keepdim=True).detach()).exp()       # divided by their sum last, once per channel
+    return (weights @ v / weights.sum(-1, keepdim=True)).to(q.dtype)
 
 
 @cache

@@ -74,6 +74,8 @@ class ARTask(nn.Module):
     def __init__(self, config: ARRun, codebook_VC: Tensor, grid: tuple[int, int]) -> None:
         super().__init__()
         self.transformer = self.new_transformer(config, codebook_VC)
+        if not torch.accelerator.is_available():
+            self.transformer.attention_backend = "math"     # the fused kernel's backward pass is slower on CPUs
         self.grid = grid
 
     def new_transformer(self, config: ARRun, codebook_VC: Tensor) -> Any:
@@ -218,7 +220,11 @@ class ARObjective(SingleNetwork):
         folder = Path(self.config.init_from)
         for name, module in self.network.named_children() if self.config.init_from else ():
             if name == "transformer" or (folder / name).is_dir():
-                load_state(module, load_component(folder / name).state_dict(), str(folder / name))
+                load_state(module, self.initial_state(name, folder / name), str(folder / name))
+
+    def initial_state(self, name: str, folder: Path) -> dict[str, Tensor]:
+        """Weights of the component folder that the part `name` of the network starts from."""
+        return dict(load_component(folder).state_dict())
 
     def batch(self, step: int, micro: int = 0) -> tuple[Tensor, ...]:
         """(codes, what is read of them, conditions, drop condition, ...) of training samples."""

@@ -23,6 +23,7 @@ from arimg.interop.controlar import encoder_state
 from arimg.train.ar import ARObjective, ARRun, ARTask, check_shares
 from arimg.train.crops import Crop
 from arimg.train.data import Example, MapSource
+from arimg.train.growth import deepened
 from arimg.train.map_sources import KINDS, CachedMaps, ExtractedMaps, RandomMaps, maps_cache
 from arimg.train.maps import check_types
 from arimg.train.sources import Source
@@ -39,6 +40,8 @@ class ControlRun(ARRun):
     control_dropout: float = 0.1            # share of samples without control, besides the model's class_dropout
     drop_together: float = 0.0              # share of dropped classes or captions that drop the control (ControlAR: 1)
     encoder_weights: str = ""               # Hugging Face file of the ViT or DINOv2 that the encoder starts from
+    new_layers: tuple[int, ...] = ()        # those of the model that init_from lacks: they start as the identity
+    new_control_layers: tuple[int, ...] = ()    # those of the control encoder, likewise
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -47,6 +50,9 @@ class ControlRun(ARRun):
             raise UnknownNameError("maps", self.maps, KINDS)
         if self.maps == "random":
             check_types(self.control.types)
+        if (self.new_layers or self.new_control_layers) and not self.init_from:
+            raise ConfigError("new_layers, new_control_layers: grow a trained network; give its folder, "
+                              "init_from=FOLDER, or leave them out")
         self._check_resampling()
         for name, weight in self.type_weights.items():
             if name not in self.control.types:
@@ -116,6 +122,12 @@ class ControlObjective(ARObjective):
             weights = read_weights(Path(self.config.encoder_weights))
             self.network.control.load_encoder(encoder_state(weights).state)
         super()._load_weights()
+
+    def initial_state(self, name: str, folder: Path) -> dict[str, Tensor]:
+        """Of a network with the layers that the run adds."""
+        state = super().initial_state(name, folder)
+        new = {"transformer": self.config.new_layers, "control": self.config.new_control_layers}[name]
+        return deepened(getattr(self.network, name), state, new) if new else state
 
     def maps(self, source: Source, crop: Crop) -> MapSource:
         """Maps of the kind that the run asks for. Raises ConfigError on an incomplete cache."""

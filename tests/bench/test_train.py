@@ -54,6 +54,12 @@ def test_the_phases_make_up_the_step(report: TrainReport) -> None:
     assert times.gemm_share == pytest.approx(rate, rel=0.5)        # a median of sums is not the sum of medians
 
 
+def test_a_step_counts_all_its_micro_batches(config: TokenizerRun, report: TrainReport) -> None:
+    twice = bench_train(replace(config, train=LoopConfig(accumulation=2)), steps=1)
+    assert twice.batch_size == 4 and twice.step_flops == 2 * report.step_flops
+    assert twice.networks[0].images_per_second == pytest.approx(4 / twice.networks[0].step)
+
+
 def test_operators_are_sorted_and_named_in_the_verdict(report: TrainReport) -> None:
     seconds = [one.seconds for one in report.operators]
     assert len(seconds) == 10 and seconds == sorted(seconds, reverse=True)

@@ -12,12 +12,13 @@ from arimg.checkpoints import load_component, save_component
 from arimg.control.adapter import ControlAdapter, ControlConfig
 from arimg.data import to_images
 from arimg.errors import CheckpointError, ConfigError, UnknownNameError
-from arimg.models.ar import ARConfig
+from arimg.models.ar import ARConfig, ARTransformer
 from arimg.pipeline import Pipeline
 from arimg.tokenizers.vq import VQConfig, VQTokenizer
 from arimg.train.ar import ARObjective, ARRun
 from arimg.train.control import ControlObjective, ControlRun
 from arimg.train.data_config import BucketConfig, CropConfig, DataConfig
+from arimg.train.growth import deepened
 from arimg.train.loop import Batches, train
 from arimg.train.run import LoopConfig, OptimConfig
 from tests.train.toy_emoji import write_toy_emoji
@@ -253,8 +254,37 @@ def test_a_control_run_starts_from_an_ar_run(ar_run, control_run):
     assert all(torch.equal(tensor, trained[key]) for key, tensor in network.transformer.state_dict().items())
 
 
+def test_a_deeper_network_starts_where_the_shallower_one_ended(control_run):
+    """New layers are the identity, whatever the others have learnt; and they learn."""
+    folder = train(control_run, ControlObjective(control_run))
+    deep = replace(control_run, init_from=str(folder), new_layers=(0, 2), new_control_layers=(1,),
+                   model=replace(MODEL, layers=4, inject_layers=(1, 3)), control=replace(ADAPTER, depth=2))
+    shallow, deeper = (ControlObjective(config) for config in (replace(control_run, init_from=str(folder)), deep))
+    losses = [objective.validation_loss(objective.network) for objective in (shallow, deeper)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+    assert len(deeper.network.transformer.layers) == 4
+    assert not deeper.network.transformer.layers[2].attention.wo.weight.any()
+    train(replace(deep, name=f"{deep.name}-deep"), deeper)
+    assert deeper.network.transformer.layers[2].attention.wo.weight.any()
+    assert deeper.network.control.encoder.vit.blocks[1].mlp.fc2.weight.any()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Refusals
+
+
+@pytest.mark.parametrize("numbers", [(4,), (-1,), (1, 1)])
+def test_new_layers_that_are_none(numbers):
+    network = ARTransformer(replace(MODEL, layers=4))
+    with pytest.raises(ConfigError, match="must be different numbers from 0 to 3"):
+        deepened(network, {}, numbers)
+
+
+def test_what_cannot_grow(control_run):
+    with pytest.raises(ConfigError, match="new_layers, new_control_layers: grow a trained network.*init_from"):
+        replace(control_run, new_layers=(1,))
+    with pytest.raises(ConfigError, match="new layers for Linear: only the AR transformer and the small"):
+        deepened(torch.nn.Linear(2, 2), {}, (0,))
 
 
 @pytest.mark.parametrize("types, message", [
