@@ -181,6 +181,20 @@ def test_killed_and_resumed(model: str) -> None:
     assert read_report() == resumed
 
 
+def test_damaged_shards_are_made_again_or_named(model: str) -> None:
+    """Cut off by a lost disk: made again. Wrong in the middle: named."""
+    work = "--model", model, "-n", "6", "--shard", "3", "--work", "shards", "--json", "report.json"
+    imagenet(*work)
+    first, whole = read_report(), Path("shards/features-00000.npz").read_bytes()
+    Path("shards/features-00000.npz").write_bytes(whole[:300])
+    imagenet(*work)
+    assert read_report() == first
+    Path("shards/features-00000.npz").write_bytes(bytes(len(whole) // 2) + whole[len(whole) // 2:])
+    assert "features-00000.npz: is damaged (" in imagenet(*work, code=2).stderr
+    Path("shards/samples.json").write_text("{")
+    assert "--work shards: samples.json is damaged (" in imagenet(*work, code=2).stderr
+
+
 def test_two_processes_make_the_same_samples(model: str) -> None:
     virtual_file(Path("virtual.npz"))
     done = program(*options(model), "--work", "shards", processes=2)
