@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+_SHOWN = 40         # names that a message lists
+
 
 class ArimgError(ValueError):
     """Base of every error that a user can cause. The command line prints it as one line and exits with 2."""
@@ -28,7 +30,9 @@ class UnknownNameError(ArimgError):
     def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
         names = sorted(known)
         close = get_close_matches(name, names, n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(names) or 'none'}"
+        more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+        listed = f"known: {', '.join(names[:_SHOWN]) or 'none'}{more}"
+        hint = f"did you mean {' or '.join(close)}?" if close else listed
         super().__init__(f"unknown {kind} {name!r}; {hint}")
 
 

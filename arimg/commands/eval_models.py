@@ -47,7 +47,9 @@ def tokenizer(model: str, count: int | None, pictures: str | None, size: int, me
               seed: int, data_folder: str | None, json_path: str | None) -> None:
     """Reconstruct pictures: PSNR, SSIM, LPIPS if its weights are given, codebook usage, edges, distances (rFID)."""
     check_file(json_path)
+    from arimg.evals.extractors import sha256_of
     from arimg.evals.held_out import bar
+    from arimg.evals.picture_sets import fingerprint
     from arimg.evals.report import weight_hashes
     from arimg.evals.tokenizer import Judges, evaluate_tokenizer
     from arimg.tokenizers.losses import lpips_vgg16
@@ -56,9 +58,11 @@ def tokenizer(model: str, count: int | None, pictures: str | None, size: int, me
     extractor = load_extractor(extractor_name, inception)
     originals, law = _originals(pictures, size, measured_size, data_folder, count, seed, extractor, reference)
     network_of_lpips = lpips_vgg16(Path(lpips[0]), Path(lpips[1])) if lpips else None
+    origin_of_law = reference and {"source": reference, "fingerprint": fingerprint(Path(reference))}
     report = evaluate_tokenizer(network, originals, Judges(extractor, network_of_lpips, law), seed,
                                 bar("reconstructions"), model=model, weights_sha256=weight_hashes(folder),
-                                reference=reference, lpips=list(lpips or ()))
+                                reference=origin_of_law,
+                                lpips_sha256=[sha256_of(Path(one)) for one in lpips or ()])
     show(report, json_path)
 
 
@@ -85,7 +89,7 @@ def _originals(pictures: str | None, size: int, measured_size: int | None, data_
 @click.option("--type", "kind", default="canny", show_default=True, metavar="TYPE", help="Type of the control images.")
 @click.option("-O", "--option", "assignments", multiple=True, metavar="KEY=VALUE",
               help="An option of the extractor of control images, for example model=FOLDER; may be repeated.")
-@click.option("-n", "count", type=int, default=200, show_default=True, help="Samples.")
+@click.option("-n", "count", type=click.IntRange(min=1), default=200, show_default=True, help="Samples.")
 @click.option("--sweep", is_flag=True, help="Also strengths 0, 0.5, 1; control guidance 1, 2, 3; control end 0.5.")
 @click.option("--halves", is_flag=True, help="Also pictures with canny on the left and lineart on the right.")
 @click.option("--styles", is_flag=True, help="Also what a linear probe reads from the samples about their style.")
@@ -110,8 +114,9 @@ def control(model: str, kind: str, assignments: tuple[str, ...], count: int, swe
     check_file(json_path)
     if maps is None and class_name is not None:
         raise click.UsageError("--class goes with --maps; held-out pictures have their own classes")
-    if maps is not None and (sweep or halves or styles or pictures):
-        raise click.UsageError("--sweep, --halves, --styles and --pictures go with pictures; leave them or --maps out")
+    if maps is not None and (sweep or halves or styles or pictures or assignments):
+        raise click.UsageError("--sweep, --halves, --styles, --pictures and -O go with pictures; leave them or --maps "
+                               "out")
     if pictures is not None and styles:
         raise click.UsageError("--styles goes with the emoji data set; leave it or --pictures out")
     from arimg.checkpoints import find_model

@@ -31,16 +31,23 @@ def nll(model: str, formats: tuple[str, ...], folders: tuple[str, ...], count: i
     Prints nats per token, and by how many percent each form differs from the full model.
     """
     check_file(json_path)
+    from arimg.checkpoints import find_model
     from arimg.evals.held_out import folder_pictures, held_out
     from arimg.evals.likelihood import evaluate_nll
+    from arimg.evals.picture_sets import fingerprint_of
+    from arimg.evals.report import weight_hashes
     from arimg.pipeline import Pipeline
 
-    full = Pipeline.from_pretrained(model, "cpu", dtype)
-    forms = {name: Pipeline.from_pretrained(model, "cpu", dtype, quantize=name) for name in formats}
-    forms |= {folder: Pipeline.from_pretrained(folder, "cpu", dtype) for folder in folders}
+    folder = find_model(model)
+    full = Pipeline.from_pretrained(folder, "cpu", dtype)
+    forms = {name: Pipeline.from_pretrained(folder, "cpu", dtype, quantize=name) for name in formats}
+    forms |= {name: Pipeline.from_pretrained(name, "cpu", dtype) for name in folders}
     if pictures is not None:
         data = folder_pictures(Path(pictures), full.settings.size, count, seed)
     else:
         data = held_out(load_data(data_folder, full.settings.size[0]), count, seed)
     own = full.control_types[0] if full.control_types else None
-    show(evaluate_nll(full, forms, data, kind or own, batch, seed, model=model), json_path)
+    exported = {name: fingerprint_of(sorted(path for path in Path(name).rglob("*") if path.is_file()))
+                for name in folders}
+    show(evaluate_nll(full, forms, data, kind or own, batch, seed, model=model, weights_sha256=weight_hashes(folder),
+                      exported=exported), json_path)

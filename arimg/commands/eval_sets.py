@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from arimg.evals.picture_sets import PictureSet
 
 HELD_OUT = "held-out"
+_MEASURED = "A"             # one name for all reports, so that two of them compare; the protocol says what A was
 
 
 @click.command("fid", epilog="\b\nExample: arimg eval fid samples/ held-out --save samples.npz\n\n"
@@ -45,11 +46,13 @@ def fid(pictures: str, reference: str, save: str | None, extractor_name: str, in
     check_alike(first, law)
     check_enough(first, *([second] if second else []))
     report = Report({"evaluation": "fid", "versions": versions(), "extractor": extractor.describe(), "seed": seed,
-                     "pictures": {"source": first.source, "count": len(first), "size": list(first.size)},
-                     "reference": {"source": law.source, "count": count}})
-    report.add(first.source, {"pictures": float(len(first)), **figures(first, law, seed)})
+                     "pictures": {"source": first.source, "fingerprint": _fingerprint(pictures, data_folder),
+                                  "count": len(first), "size": list(first.size)},
+                     "reference": {"source": law.source, "fingerprint": _fingerprint(reference, data_folder),
+                                   "count": count}})
+    report.add(_MEASURED, {"pictures": float(len(first)), **figures(first, law, seed)})
     if second is not None:
-        report.add(first.source, distances(first, second, seed))
+        report.add(_MEASURED, distances(first, second, seed))
     if save is not None:
         first.save(Path(save))
     show(report, json_path)
@@ -94,6 +97,12 @@ def _picture_set(name: str, extractor: Extractor, data_folder: str | None) -> Pi
     if name == HELD_OUT:
         return features_of(held_out(load_data(data_folder), None).pixels, extractor, name, bar(name))
     return load_pictures(Path(name), extractor, bar(name))
+
+
+def _fingerprint(name: str, data_folder: str | None) -> str:
+    from arimg.evals.picture_sets import fingerprint
+
+    return load_data(data_folder).fingerprint if name == HELD_OUT else fingerprint(Path(name))
 
 
 def _reference(name: str, extractor: Extractor, data_folder: str | None) -> Any:

@@ -38,7 +38,7 @@ def figure(value: float, resampled: Iterable[float], lowest: float = -np.inf) ->
     if not len(values_R):
         return Figure(float(value), np.nan, np.nan)
     low, middle, high = np.quantile(values_R, [(1 - LEVEL) / 2, 0.5, (1 + LEVEL) / 2])
-    return Figure(float(value), float(max(lowest, value + low - middle)), float(value + high - middle))
+    return Figure(float(value), float(np.maximum(lowest, value + low - middle)), float(value + high - middle))
 
 
 def mean_figure(values_N: np.ndarray, seed: int = 0) -> Figure:

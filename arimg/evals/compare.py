@@ -11,10 +11,12 @@ from typing import Any
 from arimg.errors import InputError
 
 # What is measured, and with which programs: these may differ, and are named when they do. All else is the protocol.
-SUBJECT = ("model", "weights_sha256", "options", "versions", "work", "pictures.source", "pictures_sha256")
+SUBJECT = ("model", "weights_sha256", "options", "versions", "work", "pictures.source", "pictures.fingerprint",
+           "pictures_sha256", "reference.source", "exported")
 _MISSING = "(not there)"
 _SHOWN = 8
 _LONGEST = 40
+_HEAD = 2               # lines of a table before its first row
 
 
 def read_report(path: Path) -> dict[str, Any]:
@@ -25,16 +27,27 @@ def read_report(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: no such file; give a report written with --json") from None
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read as JSON ({' '.join(str(error).split())})") from None
-    if not isinstance(content, dict) or not all(isinstance(content.get(key), dict) for key in ("protocol", "results")):
+    if not _is_report(content):
         raise InputError(f"{path}: is no report of arimg eval; give a file written with --json")
     return content
+
+
+def _is_report(content: Any) -> bool:
+    """Whether it has a protocol, and results[set][metric]["value"]."""
+    if not isinstance(content, dict) or not isinstance(content.get("protocol"), dict):
+        return False
+    sets = content.get("results")
+    return isinstance(sets, dict) and all(
+        isinstance(figures, dict) and all(isinstance(found, dict) and "value" in found for found in figures.values())
+        for figures in sets.values())
 
 
 def compare(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
     """A Markdown table of all figures that both have, with differences, then what differs in the subject.
 
     The interval of a difference is that of independent figures (Zou and Donner 2008, square-and-add), so it is too wide
-    where both measured the same pictures. Raises InputError that names the keys of unlike protocols.
+    where both measured the same pictures. Raises InputError that names the keys of unlike protocols, and on reports
+    without a common figure.
     """
     differing = differences(first["protocol"], second["protocol"], lambda key: not _is_subject(key))
     if differing:
@@ -47,6 +60,10 @@ def compare(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
             if other is not None and one["value"] is not None and other["value"] is not None:
                 lines.append(f"| {name} | {metric} | {one['value']:.4g} | {other['value']:.4g} | "
                              f"{_difference(one, other)} |")
+    if len(lines) == _HEAD:
+        raise InputError("the reports have no figure in common: one has "
+                         f"{', '.join(first['results']) or 'no sets'}, the other "
+                         f"{', '.join(second['results']) or 'no sets'}; give reports of one evaluation")
     subject = differences(first["protocol"], second["protocol"], _is_subject)
     return "\n".join([*lines, "", *(f"- {line}" for line in subject)]).rstrip()
 

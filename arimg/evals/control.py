@@ -25,7 +25,7 @@ from arimg.evals.control_metrics import (Region, canny_edges, check_map_scores, 
 from arimg.evals.extractors import Extractor, metric_name
 from arimg.evals.held_out import HeldOut, bar, protocol
 from arimg.evals.painter import Painter
-from arimg.evals.picture_sets import PictureSet, distances, features_of, picture_files
+from arimg.evals.picture_sets import PictureSet, distances, features_of, fingerprint_of, picture_files
 from arimg.evals.report import Report, settled_options, versions
 from arimg.evals.styles import StyleJudge
 from arimg.evals.tokenizer_metrics import reconstruct
@@ -137,8 +137,8 @@ def evaluate_maps(painter: Painter, folder: Path, kind: str, count: int, class_n
     which = np.arange(count) % len(files)
     maps_NHW3 = np.stack(fitted)[which]
     report = Report({"evaluation": "control maps", "versions": versions(), "maps": [path.name for path in files],
-                     "pictures": count, "seed": painter.seed, "control_type": kind, "class": class_name,
-                     "options": settled_options(painter.pipe, painter.options), **more})
+                     "data": fingerprint_of(files), "pictures": count, "seed": painter.seed, "control_type": kind,
+                     "class": class_name, "options": settled_options(painter.pipe, painter.options), **more})
     pixels = painter("samples", [(kind, maps_NHW3)], None if class_name is None else [class_name] * count)
     painted, given = canny_edges(pixels), lines_of_maps(maps_NHW3, kind)
     report.add("samples", _scores(painted, given, painter.seed))

@@ -72,8 +72,10 @@ class Gaussian(NamedTuple):
 
 
 def frechet_distance(mean_C: np.ndarray, covariance_CC: np.ndarray, reference: Gaussian) -> float:
-    """The distance of a law to the reference's, >= 0. tr (C1 C2)^(1/2) is the sum of the roots of the eigenvalues of
-    the symmetric C2^(1/2) C1 C2^(1/2), which are those of C1 C2."""
+    """The distance of a law to the reference's, >= 0; NaN for moments that are no numbers. tr (C1 C2)^(1/2) is the sum
+    of the roots of the eigenvalues of the symmetric C2^(1/2) C1 C2^(1/2), which are those of C1 C2."""
+    if not (np.isfinite(mean_C).all() and np.isfinite(covariance_CC).all()):
+        return float("nan")
     values_C = np.linalg.eigvalsh(reference.root_CC @ covariance_CC @ reference.root_CC)
     traces = np.trace(covariance_CC) + np.trace(reference.covariance_CC) - 2 * np.sqrt(values_C.clip(0)).sum()
     return float(max(0.0, ((mean_C - reference.mean_C) ** 2).sum() + traces))

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from arimg import images
 from arimg.data import EmojiSet
 from arimg.errors import InputError
 from arimg.evals.extractors import Extractor
-from arimg.evals.picture_sets import SUFFIXES
+from arimg.evals.picture_sets import SUFFIXES, fingerprint_of
 from arimg.evals.report import versions
 
 
@@ -80,12 +79,6 @@ def files_below(folder: Path, count: int | None, seed: int = 0) -> list[Path]:
     if not 2 <= count <= len(found):
         raise InputError(f"-n {count}: {folder} holds {len(found)} pictures; give a number from 2 to that")
     return [found[k] for k in np.random.default_rng(seed).permutation(len(found))[:count]]
-
-
-def fingerprint_of(files: Sequence[Path]) -> str:
-    """Equal for the same pictures, told by their names and folders, in the same order."""
-    names = "\n".join(f"{path.parent.name}/{path.name}" for path in files)
-    return hashlib.sha256(names.encode()).hexdigest()[:16]
 
 
 def bar(title: str) -> Callable[[Iterable], Iterable]:

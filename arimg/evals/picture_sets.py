@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from arimg import images
 from arimg.errors import InputError
 from arimg.evals.adm_npz import Npz, open_npz
 from arimg.evals.bootstrap import Figure
-from arimg.evals.extractors import BATCH, Extractor, Features, extract, in_batches, metric_name
+from arimg.evals.extractors import BATCH, Extractor, Features, extract, in_batches, metric_name, sha256_of
 from arimg.evals.frechet import FRECHET_ROUNDS, Gaussian, Moments, frechet_figure, kid_figure
 from arimg.evals.scores import inception_score, precision_recall
 
@@ -174,6 +175,16 @@ def picture_files(folder: Path) -> list[Path]:
     if not found:
         raise InputError(f"{folder}: no picture in it ({', '.join(SUFFIXES)}); give a folder that holds some")
     return found
+
+
+def fingerprint(path: Path) -> str:
+    """Of a folder of pictures, or of the file that stands for them. Raises InputError."""
+    return fingerprint_of([path] if path.is_file() else picture_files(path))
+
+
+def fingerprint_of(files: Sequence[Path]) -> str:
+    """Equal for the same files in the same order, told by their contents."""
+    return hashlib.sha256("".join(map(sha256_of, files)).encode()).hexdigest()[:16]
 
 
 def _load_folder(folder: Path, extractor: Extractor, bar: Bar) -> PictureSet:

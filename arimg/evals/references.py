@@ -83,7 +83,10 @@ def _gaussian(path: Path, mean_C: np.ndarray, covariance_CC: np.ndarray) -> Gaus
     if mean_C.ndim != 1 or covariance_CC.shape != (len(mean_C), len(mean_C)):
         raise InputError(f"{path}: moments of shapes {mean_C.shape} and {covariance_CC.shape} do not fit; "
                          "fetch or write it again")
-    return Gaussian.of(mean_C.astype(np.float64), covariance_CC.astype(np.float64))
+    mean_C, covariance_CC = mean_C.astype(np.float64), covariance_CC.astype(np.float64)
+    if not (np.isfinite(mean_C).all() and np.isfinite(covariance_CC).all()):
+        raise InputError(f"{path}: holds moments that are not finite numbers; fetch or write it again")
+    return Gaussian.of(mean_C, covariance_CC)
 
 
 def read_pixels(path: Path, count: int) -> np.ndarray:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from typing import Any
 
 from arimg import __version__
 from arimg.evals.bootstrap import Figure
+from arimg.evals.extractors import sha256_of
 
 PACKAGES = ("torch", "torchvision", "numpy", "opencv-python-headless", "pillow", "timm", "torch-fidelity",
             "torchmetrics")
@@ -104,5 +104,4 @@ def settled_options(pipe: Any, options: Mapping[str, Any]) -> dict[str, Any]:
 
 def weight_hashes(folder: Path) -> dict[str, str]:
     """SHA-256 of every weight file below a model folder, by its path in it."""
-    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in sorted(folder.rglob("*.safetensors"))}
+    return {path.relative_to(folder).as_posix(): sha256_of(path) for path in sorted(folder.rglob("*.safetensors"))}

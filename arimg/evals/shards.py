@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
+import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,7 +32,7 @@ class Shards:
         folder.mkdir(parents=True, exist_ok=True)
         note, text = folder / IDENTITY, json.dumps(identity, indent=2, sort_keys=True)
         if note.is_file():
-            differing = differences(json.loads(note.read_bytes()), json.loads(text))
+            differing = differences(_read_note(note), json.loads(text))
             if differing:
                 raise InputError(f"--work {folder}: holds samples that were made differently ({'; '.join(differing)}); "
                                  "give another folder, or leave --work out")
@@ -47,8 +48,9 @@ class Shards:
         return range(index * self._size, min((index + 1) * self._size, self._number))
 
     def complete(self, index: int, pictures: bool) -> bool:
-        """Whether the shard is on disk, with its pictures if these are wanted."""
-        return self._file("features", index).is_file() and (not pictures or self._file("pictures", index).is_file())
+        """Whether the shard is on disk and not cut off, with its pictures if these are wanted."""
+        whole = zipfile.is_zipfile(self._file("features", index))
+        return whole and (not pictures or self._file("pictures", index).is_file())
 
     def write(self, index: int, features: Features, digests_N32: np.ndarray, forward_passes: int,
               pixels_NHW3: np.ndarray | None) -> None:
@@ -91,8 +93,13 @@ class Shards:
         return self.folder / f"{kind}-{index:05}{'.npz' if kind == 'features' else '.npy'}"
 
     def _column(self, index: int, name: str) -> Any:
-        with np.load(self._file("features", index), allow_pickle=False) as file:
-            return file[name] if name in file else None
+        """Raises InputError on a damaged file."""
+        path = self._file("features", index)
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                return file[name] if name in file else None
+        except (OSError, ValueError, zipfile.BadZipFile) as error:
+            raise InputError(f"{path}: is damaged ({error}); delete it, and the same command makes it again") from None
 
     def _merged(self, name: str, scratch: Path) -> Any:
         first = self._column(0, name)
@@ -103,3 +110,11 @@ class Shards:
             rows = self.rows(index)
             merged[rows.start:rows.stop] = self._column(index, name)
         return merged
+
+
+def _read_note(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError as error:
+        raise InputError(f"--work {path.parent}: {path.name} is damaged ({error}); delete the folder, or give "
+                         "another") from None

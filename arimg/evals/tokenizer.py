@@ -16,8 +16,8 @@ from arimg.data import to_images, to_pixels
 from arimg.evals.bootstrap import mean_figure
 from arimg.evals.control_metrics import canny_edges, edge_scores
 from arimg.evals.extractors import Extractor, Features
-from arimg.evals.held_out import HeldOut, files_below, fingerprint_of
-from arimg.evals.picture_sets import Bar, PictureSet, distances
+from arimg.evals.held_out import HeldOut, files_below
+from arimg.evals.picture_sets import Bar, PictureSet, distances, fingerprint_of
 from arimg.evals.report import Report, versions
 from arimg.evals.tokenizer_metrics import BATCH, masked_psnr, perplexity, psnr, rebuild, ssim, usage
 from arimg.tokenizers.losses import PerceptualLoss

@@ -147,6 +147,9 @@ class ImageLossConfig:
     def __post_init__(self) -> None:
         if self.gan not in GAN_LOSSES:
             raise UnknownNameError("GAN loss", self.gan, GAN_LOSSES)
+        for name in ("l1", "l2", "perceptual", "adversarial", "start_step"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ConfigError(f"loss.{name}={getattr(self, name)}: must be a finite number from 0 on")
 
 
 class TokenizerLoss(nn.Module):

@@ -74,6 +74,9 @@ class DataConfig:
                               "must be at least 1")
         if self.source != "emoji":
             self._check_pictures()
+        elif self.buckets or self.cache:
+            raise ConfigError("data.source=emoji: its pictures are of one size and keep their codes beside them; leave "
+                              "data.buckets and data.cache out")
 
     def _check_pictures(self) -> None:
         if not self.folder:

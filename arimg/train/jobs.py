@@ -60,7 +60,10 @@ class Job:
     """What is made of every sample of a run's sources, one file per group."""
 
     def __init__(self, config: ARRun) -> None:
-        """Raises ConfigError when the run has no cache to fill."""
+        """Raises ConfigError when the run reads no codes, or has no cache to fill."""
+        if not isinstance(config, ARRun):
+            raise ConfigError(f"objective={config.objective}: its runs read nothing that is made ahead; give the file "
+                              "of a run on codes, such as objective: ar or control")
         if config.data.source == "emoji" or not config.data.cache:
             raise ConfigError(f"data.source={config.data.source}, data.cache={config.data.cache!r}: caches are for "
                               "folder and shards; name the folder that receives this one, data.cache=FOLDER")

@@ -305,9 +305,9 @@ class Clock:
     def due(self, step: int) -> tuple[bool, bool, bool]:
         """(save, sample, end) after this step, by this process's clock."""
         config, now = self.config, time.monotonic()
-        save = bool(config.save_steps) and step % config.save_steps == 0 or now - self.saved > config.save_minutes * 60
-        sample = now - self.sampled > config.sample_minutes * 60
-        return save, sample, bool(config.max_minutes) and now - self.start > config.max_minutes * 60
+        save, sample, end = (bool(minutes) and now - last > minutes * 60 for minutes, last in (
+            (config.save_minutes, self.saved), (config.sample_minutes, self.sampled), (config.max_minutes, self.start)))
+        return save or bool(config.save_steps) and step % config.save_steps == 0, sample, end
 
     def done(self, step: int, saved: bool, sampled: bool) -> None:
         """Start the clocks of what was done anew."""

@@ -62,7 +62,11 @@ def _leave_none_behind(run: Path, step: int, damaged: bool) -> None:
 
 def check_same(checkpoint: Path, config: RunConfig, saved_micros: int, micros: int) -> None:
     """Raises ConfigError naming what differs, unless a run with `config` continues the one of the checkpoint."""
-    saved = from_dict(type(config), read_values(checkpoint / "config.yaml"))
+    values = read_values(checkpoint / "config.yaml")
+    if values.get("objective") != config.objective:
+        raise ConfigError(f"{checkpoint}: was trained with objective={values.get('objective')}, this run has "
+                          f"{config.objective}; choose another name=...")
+    saved = from_dict(type(config), values)
     before, now = flatten(to_dict(saved)), flatten(to_dict(config))
     free = tuple(f"{key}." for key in config.FREE)
     differing = sorted(key for key in before.keys() | now.keys()

@@ -38,7 +38,11 @@ class AdamWConfig:
     def __post_init__(self) -> None:
         _check_choice("schedule", self.schedule, SCHEDULES)
         _check_ranges("optim", self, {"lr": (0, inf), "warmup_steps": (0, inf), "beta1": (0, 1), "beta2": (0, 1),
-                                      "eps": (0, 1), "weight_decay": (0, inf), "clip_norm": (0, inf)})
+                                      "eps": (0, 1), "weight_decay": (0, inf), "clip_norm": (0, inf),
+                                      "final": (0, inf), "decay": (0, inf), "decay_steps": (0, inf)})
+        for pattern, scale in self.lr_scales.items():
+            if not 0 <= scale < inf:
+                raise ConfigError(f"optim.lr_scales.{pattern}={scale}: must be a finite number from 0 on")
         if self.schedule == "decay" and self.decay_steps <= 0:
             raise ConfigError(f"decay_steps={self.decay_steps}: schedule decay multiplies the learning rate by "
                               f"{self.decay} every decay_steps; write a positive number, for example those of an epoch")
@@ -58,9 +62,9 @@ class LoopConfig:
 
     accumulation: int = 1           # micro-batches per process and step
     max_minutes: float = 0.0        # stop (and save) after this long in this session; 0 = no limit
-    save_minutes: float = 4.0       # between checkpoints
+    save_minutes: float = 4.0       # between checkpoints; 0 = by save_steps alone
     save_steps: int = 0             # a checkpoint every so many steps as well; 0 = by time alone
-    sample_minutes: float = 8.0     # between sample grids
+    sample_minutes: float = 8.0     # between sample grids; 0 = at the end alone
     validate_steps: int = 0         # between validation losses in the log; 0 = none
     log_steps: int = 10
     keep: int = 2                   # checkpoints kept

@@ -192,10 +192,11 @@ class ShardSource:
             content = (folder / INDEX_JSON).read_bytes()
             index = json.loads(content)
             self.records = np.load(folder / INDEX_NPY, mmap_mode="r")
-        except (OSError, ValueError) as error:
+            counts = [shard["samples"] for shard in index["shards"]]
+            fits = index["format"] == FORMAT and self.records.dtype == RECORD and len(self.records) == sum(counts)
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{folder}: has no index of its shards; type: arimg data index {folder}") from error
-        counts = [shard["samples"] for shard in index["shards"]]
-        if index["format"] != FORMAT or self.records.dtype != RECORD or len(self.records) != sum(counts):
+        if not fits:
             raise InputError(f"{folder}: {INDEX_JSON} and {INDEX_NPY} do not fit; type: arimg data index {folder}")
         self.groups: Sequence[Group] = [Group(shard["name"], shard["samples"]) for shard in index["shards"]]
         self.table = _Table([group.name for group in self.groups], [shard["bytes"] for shard in index["shards"]],

@@ -62,6 +62,9 @@ class TokenizerRun(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.data.buckets or self.data.cache:
+            raise ConfigError("data: a tokenizer is trained on crops of one size, cut anew every time; leave "
+                              "data.buckets and data.cache out")
         if self.loss.adversarial and 0 < self.data.crop.size < _SMALLEST_JUDGED:
             raise ConfigError(f"data.crop.size={self.data.crop.size}: too small for the discriminator; write at least "
                               f"{_SMALLEST_JUDGED}, or loss.adversarial=0")

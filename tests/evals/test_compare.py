@@ -62,6 +62,13 @@ def test_other_versions_are_named_and_allowed(tmp_path: Path) -> None:
     assert "- versions.torch: 2.14 / 2.15" in page
 
 
+def test_reports_without_a_common_figure_are_refused(tmp_path: Path) -> None:
+    other = second()
+    other["results"] = {"others": other["results"]["samples"]}
+    line = compared(tmp_path, FIRST, other, code=2).stderr
+    assert "no figure in common: one has samples, the other others" in line
+
+
 def test_many_differences_are_counted(tmp_path: Path) -> None:
     line = compared(tmp_path, FIRST, second(**{f"key{k}": "x" * 60 for k in range(12)}), code=2).stderr
     assert "and 4 more" in line and "x" * 41 not in line and line.count("\n") == 1
@@ -69,6 +76,8 @@ def test_many_differences_are_counted(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("content", "message"), [
     ("{", "cannot be read as JSON"), ("[]", "is no report of arimg eval"), ('{"protocol": {}}', "is no report"),
+    ('{"protocol": {}, "results": {"a": 3}}', "is no report"),
+    ('{"protocol": {}, "results": {"a": {"b": {}}}}', "is no report"),
 ])
 def test_files_that_are_no_reports(tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / "a.json").write_text(content)

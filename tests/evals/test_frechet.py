@@ -54,6 +54,12 @@ def test_frechet_of_gaussians_in_closed_form() -> None:
     assert frechet_distance(*laws[0], Gaussian.of(*laws[0])) == pytest.approx(0, abs=1e-12)
 
 
+def test_features_that_are_no_numbers_are_not_at_distance_zero() -> None:
+    features = normal(20, 3)
+    features[4, 1] = np.nan
+    assert np.isnan(frechet_figure(features, law(normal(20, 3, 1)), rounds=3)).all()
+
+
 @pytest.mark.parametrize("counts", [(80, 120), (80, 9)])         # the second covariance has not full rank
 def test_frechet_equals_the_plain_reference(counts: tuple[int, int]) -> None:
     a, b = normal(counts[0], 12) @ normal(12, 12, 1), 0.3 + normal(counts[1], 12, 2)

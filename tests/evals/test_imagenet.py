@@ -181,6 +181,20 @@ def test_killed_and_resumed(model: str) -> None:
     assert read_report() == resumed
 
 
+def test_damaged_shards_are_made_again_or_named(model: str) -> None:
+    """Cut off by a lost disk: made again. Wrong in the middle: named."""
+    work = "--model", model, "-n", "6", "--shard", "3", "--work", "shards", "--json", "report.json"
+    imagenet(*work)
+    first, whole = read_report(), Path("shards/features-00000.npz").read_bytes()
+    Path("shards/features-00000.npz").write_bytes(whole[:300])
+    imagenet(*work)
+    assert read_report() == first
+    Path("shards/features-00000.npz").write_bytes(bytes(len(whole) // 2) + whole[len(whole) // 2:])
+    assert "features-00000.npz: is damaged (" in imagenet(*work, code=2).stderr
+    Path("shards/samples.json").write_text("{")
+    assert "--work shards: samples.json is damaged (" in imagenet(*work, code=2).stderr
+
+
 def test_two_processes_make_the_same_samples(model: str) -> None:
     virtual_file(Path("virtual.npz"))
     done = program(*options(model), "--work", "shards", processes=2)
@@ -233,6 +247,7 @@ def test_every_share_is_made_once(model: str, tmp_path: Path) -> None:
     (("--reference", "large.npz"), "have sizes 16x16 and 32x32"),
     (("--reference", "narrow.npz"), "holds moments of 3 features, and the extractor toy gives 10"),
     (("--reference", "foreign.npz"), "have features toy and inception, which do not compare"),
+    (("--reference", "nan.npz"), "nan.npz: holds moments that are not finite numbers; fetch or write it again"),
     (("--save-npz", "samples.zip"), "such files end in .npz"),
     (("--extractor", "inceptoin"), "unknown feature extractor 'inceptoin'; did you mean inception?"),
 ])
@@ -243,6 +258,7 @@ def test_mistakes(model: str, arguments: tuple[str, ...], message: str) -> None:
     PictureSet(FakeInception()(pixels), "toy", (SIDE, SIDE), "val").save(Path("features.npz"))
     np.savez("narrow.npz", mu=np.zeros(3), sigma=np.eye(3), extractor="toy")
     np.savez("foreign.npz", mu=np.zeros(10), sigma=np.eye(10))              # names no extractor: Inception's
+    np.savez("nan.npz", mu=np.full(10, np.nan), sigma=np.eye(10), extractor="toy")
     virtual_file(Path("large.npz"), 32)
     result = imagenet("--model", model, "--num", "6", *arguments, code=2)
     assert message in result.stderr and result.stderr.count("arimg: error: ") == 1

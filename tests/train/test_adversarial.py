@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from arimg.errors import ConfigError, MissingExtraError
 from arimg.tokenizers.losses import ImageLossConfig
 from arimg.tokenizers.vq import VQConfig
-from arimg.train.data_config import CropConfig, DataConfig
+from arimg.train.data_config import BucketConfig, CropConfig, DataConfig
 from arimg.train.loop import Trainer, train
 from arimg.train.objective import Player, SingleNetwork
 from arimg.train.run import AdamWConfig, LoopConfig, OptimConfig, RunConfig
@@ -115,6 +115,10 @@ def test_a_resumed_game_goes_on(config: TokenizerRun) -> None:
 def test_contradictions(config: TokenizerRun) -> None:
     with pytest.raises(ConfigError, match="data.crop.size=16: too small for the discriminator"):
         replace(config, data=DataConfig(crop=CropConfig("window", 16)))
+    for data in (DataConfig("shards", "x", crop=CropConfig("random", 24), buckets=BucketConfig()),
+                 DataConfig("shards", "x", crop=CropConfig("random", 24), cache="y")):
+        with pytest.raises(ConfigError, match="a tokenizer is trained on crops of one size"):
+            replace(config, data=data)
     with pytest.raises(ConfigError, match="give both lpips.vgg and lpips.heads"):
         LpipsFiles(vgg="vgg16.pth")
 

@@ -18,10 +18,11 @@ import torch
 from arimg.errors import ArimgError, CheckpointError, ConfigError, InputError
 from arimg.tokenizers.vq import VQConfig
 from arimg.train import checkpointing
+from arimg.train.ar import ARRun
 from arimg.train.checkpointing import find_latest, list_checkpoints, read_checkpoint, write_checkpoint
 from arimg.train.data_config import CropConfig, DataConfig
 from arimg.train.loop import Trainer
-from arimg.train.resume import forget_log
+from arimg.train.resume import find_checkpoint, forget_log
 from arimg.train.run import LoopConfig, OptimConfig
 from arimg.train.tokenizer import TokenizerObjective, TokenizerRun
 from tests.train.toy_emoji import write_toy_emoji
@@ -244,6 +245,12 @@ def test_what_is_learnt_must_not_change(config: TokenizerRun) -> None:
         assert "\n" not in str(caught.value)
     same = replace(config, optim=replace(config.optim, steps=20), train=replace(config.train, keep=5, ema_decay=0.5))
     assert trainer(same).step == 1
+
+
+def test_a_run_of_another_objective_is_not_resumed(config: TokenizerRun) -> None:
+    saved(config, 1)
+    with pytest.raises(ConfigError, match="was trained with objective=tokenizer, this run has ar; choose another name"):
+        find_checkpoint("latest", ARRun(objective="ar", name=config.name, tokenizer="t"), 1)
 
 
 def test_a_step_keeps_its_number_of_micro_batches(config: TokenizerRun) -> None:

@@ -32,9 +32,10 @@ from arimg.train.codes import code_dtype
 from arimg.train.control import ControlObjective, ControlRun
 from arimg.train.data_config import CropConfig, DataConfig
 from arimg.train.jobs import CaptionsJob, CodesJob, MapsJob, Part
-from arimg.train.run import OptimConfig
+from arimg.train.run import LoopConfig, OptimConfig
 from arimg.train.shards import ShardSource
 from arimg.train.throughput import Throughput, measure
+from arimg.train.tokenizer import TokenizerRun
 from tests.toy import toy_text_encoder
 from tests.train.toy_sources import CLASSES, write_shards
 
@@ -160,6 +161,14 @@ def test_a_cache_of_something_else_is_refused(root: Path, data: Path, tmp_path: 
         CodesJob(live(config))
 
 
+@pytest.mark.parametrize("job", [CodesJob, CaptionsJob, lambda config: MapsJob(config, "canny")])
+def test_nothing_is_made_ahead_of_runs_that_read_no_codes(data: Path, job: Any) -> None:
+    config = TokenizerRun(objective="tokenizer", name="toy",
+                          data=DataConfig("shards", str(data), crop=CropConfig(size=SIZE)))
+    with pytest.raises(ConfigError, match="objective=tokenizer: its runs read nothing that is made ahead"):
+        job(config)
+
+
 def test_unreadable_samples_are_named_when_codes_are_made_and_replaced_in_training(
         root: Path, data: Path, caplog: pytest.LogCaptureFixture) -> None:
     source = ShardSource(data)
@@ -270,6 +279,19 @@ def test_the_commands(root: Path, data: Path, tmp_path: Path) -> None:
     assert line.startswith("the loader makes ") and " samples/s (data.workers=2), the model" in line
     assert "unknown control type 'cany'; did you mean canny" in arimg("maps", yaml, "--type", "cany", code=2).stderr
     assert CLASSES == tuple(ShardSource(data).class_names)
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_throughput_is_measured_in_the_precision_of_the_run(root: Path, data: Path, precision: str,
+                                                            monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("arimg.train.throughput.training_precision", lambda name, device: name)
+    config = live(run(root, data, train=LoopConfig(precision=precision)))
+    objective, autocast = ARObjective(config), set()
+    forward = objective.network.forward
+    monkeypatch.setattr(objective.network, "forward", lambda *batch: (
+        autocast.add(torch.is_autocast_enabled("cpu")), forward(*batch))[1])
+    measure(config, objective, batches=1)
+    assert autocast == {precision == "bf16"}
 
 
 def test_the_loader_keeps_up_with_the_embedded_model(data: Path) -> None:

@@ -123,6 +123,14 @@ def test_max_minutes_stops_and_saves():
     assert (config.folder() / "checkpoint-1").is_dir()
 
 
+@pytest.mark.parametrize("minutes, saved, sampled", [(0.0, [6], [6]), (1e-9, [1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 6])])
+def test_no_minutes_means_not_by_time(minutes, saved, sampled):
+    config = replace(tokenizer_run("timed"), train=LoopConfig(save_minutes=minutes, sample_minutes=minutes, keep=9))
+    train(config, TokenizerObjective(config))
+    assert [int(path.name.partition("-")[2]) for path in list_checkpoints(config.folder())] == saved
+    assert sorted(int(path.stem.partition("-")[2]) for path in config.folder().glob("sample-*.png")) == sampled
+
+
 def test_parameter_groups_partition_the_parameters():
     network = TokenizerObjective(tokenizer_run("groups")).network
     decayed, plain = parameter_groups(network, AdamWConfig(weight_decay=0.1))

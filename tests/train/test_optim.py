@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from arimg.errors import ConfigError, UnknownNameError
+from arimg.tokenizers.losses import ImageLossConfig
 from arimg.train.optim import build_optimizer, build_schedule, parameter_groups
 from arimg.train.run import AdamWConfig, LoopConfig
 
@@ -100,12 +101,18 @@ def test_a_resumed_schedule_goes_on(schedule: str) -> None:
 @pytest.mark.parametrize("make, error, message", [
     (lambda: AdamWConfig(schedule="cosin"), UnknownNameError, "did you mean cosine"),
     (lambda: AdamWConfig(schedule="decay"), ConfigError, "decay_steps=0.*positive"),
+    (lambda: AdamWConfig(final=-0.1), ConfigError, "optim.final=-0.1: must be at least 0"),
+    (lambda: AdamWConfig(decay=-3.0), ConfigError, "optim.decay=-3.0: must be at least 0"),
+    (lambda: AdamWConfig(lr_scales={"first.*": -1.0}), ConfigError, r"optim.lr_scales.first.\*=-1.0: must be a finite"),
+    (lambda: ImageLossConfig(l1=-1.0), ConfigError, "loss.l1=-1.0: must be a finite number from 0 on"),
     (lambda: LoopConfig(precision="fp16"), UnknownNameError, "unknown precision 'fp16'; did you mean bf16"),
     (lambda: LoopConfig(sharding="fsdp"), UnknownNameError, "did you mean fsdp2"),
     (lambda: LoopConfig(trackers=("tensorbord",)), UnknownNameError, "did you mean tensorboard"),
     (lambda: LoopConfig(accumulation=0), ConfigError, "accumulation=0.*at least 1"),
     (lambda: parameter_groups(Network(), AdamWConfig(lr_scales={"frist.*": 0.1})), UnknownNameError,
      r"unknown parameter in lr_scales 'frist\.\*'; did you mean first"),
+    (lambda: parameter_groups(nn.Sequential(*[nn.Linear(1, 1) for _ in range(30)]), AdamWConfig(lr_scales={"x": 0.1})),
+     UnknownNameError, "unknown parameter in lr_scales 'x'; known: 0.bias, .* and 20 more$"),
 ])
 def test_faults_are_one_line(make, error, message) -> None:
     with pytest.raises(error, match=message) as caught:

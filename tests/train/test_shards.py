@@ -101,6 +101,10 @@ def test_folders_without_a_usable_index(folder: Path, tmp_path: Path) -> None:
     (folder / INDEX_JSON).write_text(json.dumps(index))
     with pytest.raises(InputError, match="do not fit; type: arimg data index"):
         ShardSource(folder)
+    for damaged in ("{}", "[]", "{"):
+        (folder / INDEX_JSON).write_text(damaged)
+        with pytest.raises(InputError, match="has no index of its shards"):
+            ShardSource(folder)
     (folder / INDEX_NPY).unlink()
     with pytest.raises(InputError, match="has no index"):
         ShardSource(folder)
