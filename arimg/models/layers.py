@@ -275,7 +275,7 @@ def _math(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) ->
     visible = _visible(q, k, mask, causal)
     if visible is not None:
         scores = scores + torch.zeros_like(visible, dtype=scores.dtype).masked_fill(~visible, float("-inf"))
-    weights = (scores - scores.amax(-1, keepdim=True).detach()).exp()       # divided by their sum last, once per channel
+    weights = (scores - scores.amax(-1, keepdim=True).detach()).exp()   # divided by their sum last, once per channel
     return (weights @ v / weights.sum(-1, keepdim=True)).to(q.dtype)
 
 
