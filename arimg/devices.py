@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -31,12 +33,12 @@ def find_device(name: str | torch.device) -> torch.device:
 
 
 def find_dtype(name: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """"auto" is bfloat16 on CUDA and on CPUs that multiply it in hardware, else float32. Raises UnknownNameError."""
+    """"auto" is bfloat16 on CUDA, else float32, in which `jacobi` paints the codes of `ar` and no picture depends on
+    its batch. Raises UnknownNameError."""
     if isinstance(name, torch.dtype):
         return name
     if name == "auto":
-        fast = device.type == "cuda" or (device.type == "cpu" and _cpu_multiplies_bfloat16())
-        return torch.bfloat16 if fast else torch.float32
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
     if name not in DTYPES:
         raise UnknownNameError("dtype", name, ["auto", *DTYPES])
     return DTYPES[name]
@@ -45,12 +47,18 @@ def find_dtype(name: str | torch.dtype, device: torch.device) -> torch.dtype:
 def training_precision(name: str, device: torch.device) -> str:
     """The autocast to train in ("no", "bf16", "fp16"): "bf16" becomes "no" on a CPU that does not multiply it, where
     emulated products take about eighty times as long as those of float32 (docs/bench.md). Logs that."""
-    if name == "bf16" and device.type == "cpu" and not _cpu_multiplies_bfloat16():
+    if name == "bf16" and device.type == "cpu" and not multiplies_bfloat16(device):
         log.warning("precision bf16: this CPU has no bfloat16 units; the run computes in float32, which is faster here")
         return "no"
     return name
 
 
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether the device has units for it."""
+    return device.type == "cuda" or device.type == "cpu" and _cpu_multiplies_bfloat16()
+
+
+@cache
 def _cpu_multiplies_bfloat16() -> bool:
     """Whether Linux lists AVX512-BF16 or AMX; elsewhere nobody says, so no."""
     try:
@@ -58,6 +66,13 @@ def _cpu_multiplies_bfloat16() -> bool:
     except OSError:
         return False
     return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def to_device(numbers: Sequence[int], device: torch.device) -> torch.Tensor:
+    """int64 on the device, without waiting for what it does."""
+    if device.type != "cuda":
+        return torch.tensor(numbers, device=device)
+    return torch.tensor(numbers, pin_memory=True).to(device, non_blocking=True)
 
 
 def synchronize(device: torch.device) -> None:

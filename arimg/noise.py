@@ -53,10 +53,10 @@ def philox(even: Words, odd: Words, key: Words) -> tuple[Words, Words]:
 
 
 def _like(pair: tuple[int, int], words: Words) -> Words:
-    """(2, 1, ...) of the kind of `words`."""
+    """(2, 1, ...) of the kind of `words`; computed where it is needed, as a copy from the host would wait there."""
     shape = (2, *[1] * (words.ndim - 1))
     if isinstance(words, Tensor):
-        return torch.tensor(pair, device=words.device).view(shape)
+        return (torch.arange(2, device=words.device) * (pair[1] - pair[0]) + pair[0]).view(shape)
     return np.array(pair).reshape(shape)
 
 

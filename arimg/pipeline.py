@@ -13,7 +13,7 @@ from torch import Tensor
 
 from arimg import images
 from arimg.accel.audit import audit, teacher_forced
-from arimg.accel.base import (DecodeRequest, DecodeResult, DecodeStats, Guidance, OnStep, Sampling, StepInfo,
+from arimg.accel.base import (DecodeRequest, DecodeResult, DecodeStats, Guarantee, Guidance, OnStep, Sampling, StepInfo,
                               token_scales)
 from arimg.accel.find import find_decoder, second_network
 from arimg.accel.scale import latent_map
@@ -26,7 +26,7 @@ from arimg.control.fusion import combine
 from arimg.devices import find_device, find_dtype, synchronize
 from arimg.errors import CheckpointError, InputError
 from arimg.fit import check_fit
-from arimg.inference import lay_out
+from arimg.inference import lay_out, painting
 from arimg.models.base import order_of
 from arimg.models.text import TextEncoder
 from arimg.quantize import check_quantize
@@ -74,10 +74,10 @@ class Pipeline:
                         decoders: Collection[str] | None = None) -> "Pipeline":
         """Load an embedded model by its name, a pipeline folder, or a hub id.
 
-        `dtype` "auto" is bfloat16 where the device multiplies it fast, else float32; the tokenizer keeps at least
-        float32. Of an exported model (arimg/export.py) it is what OpenVINO may multiply in. `text=False` leaves the
-        text encoder out; captions are then given as `prompt_embeds`. `quantize` "fp16", "int8" or "int4" stores the
-        weights of the transformer's blocks so; such a pipeline is not saved.
+        `dtype` "auto" is bfloat16 on CUDA, else float32. The tokenizer keeps at least float32; on a CPU with units for
+        bfloat16 it paints in that if it is given. Of an exported model (arimg/export.py) `dtype` is what OpenVINO may
+        multiply in. `text=False` leaves the text encoder out; captions are then given as `prompt_embeds`. `quantize`
+        "fp16", "int8" or "int4" stores the weights of the transformer's blocks so; such a pipeline is not saved.
         `decoders`: names of those whose own networks are loaded, beside the model's own decoder; None = all.
         Raises UnknownNameError, CheckpointError, InputError (device, dtype), MissingExtraError (text encoder).
         """
@@ -179,7 +179,7 @@ class Pipeline:
         if call.output_type != "latent":
             pictures = _pictures(self._painted(result, latents_BChw), call.output_type)
         clock.lap("pixels")
-        extra = {**result.stats.extra, "guarantee": _promise(decoder, self.transformer)}
+        extra = {**result.stats.extra, "guarantee": promise(decoder, self.transformer)}
         if call.audit:
             assert result.codes_BL is not None
             extra["audit"] = audit(self.transformer, request, result.codes_BL)
@@ -255,9 +255,10 @@ class Pipeline:
 
     def _painted(self, result: DecodeResult, latents_BChw: Tensor) -> Tensor:
         """images_B3HW of a decode."""
-        if result.latents_BLC is None:
-            return self.tokenizer.decode_codes(result.codes_BL, (latents_BChw.shape[2], latents_BChw.shape[3]))
-        return self.tokenizer.decode(latents_BChw)
+        with painting(self.device, self.dtype):
+            if result.latents_BLC is None:
+                return self.tokenizer.decode_codes(result.codes_BL, (latents_BChw.shape[2], latents_BChw.shape[3]))
+            return self.tokenizer.decode(latents_BChw)
 
     def _given_codes(self, name: str, codes: Any, shape: tuple[int, int]) -> Tensor | None:
         """codes_BL given by the caller, one row for all pictures or one for each; -1 = free. Raises InputError."""
@@ -305,12 +306,14 @@ class Pipeline:
         return both
 
 
-def _promise(decoder: Any, transformer: Any) -> str:
-    """What the decoder promises; where wide passes of the network have other laws, codes are the same only nearly."""
-    promise: str = decoder.guarantee
-    if promise == "same-codes" and not getattr(transformer, "exact", True):
+def promise(decoder: Any, transformer: Any) -> Guarantee:
+    """What the decoder promises; where wide passes of the network have other laws, codes are the same only nearly. With
+    activations of 16 bits they have: a sum in another order is rounded to another number."""
+    guarantee: Guarantee = decoder.guarantee
+    rounds = torch.finfo(next(transformer.parameters()).dtype).bits < 32
+    if guarantee == "same-codes" and (rounds or not getattr(transformer, "exact", True)):
         return "tolerance"
-    return promise
+    return guarantee
 
 
 def _latents(result: DecodeResult, request: DecodeRequest) -> Tensor:

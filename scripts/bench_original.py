@@ -33,6 +33,8 @@ def main() -> None:
     parser.add_argument("--preset", default="B", choices=sorted(AR_PRESETS))
     parser.add_argument("--layers", type=int, help="fewer layers than the preset has")
     parser.add_argument("--bf16", action="store_true", help="bfloat16: autocast in training, weights in decoding")
+    parser.add_argument("--our-bf16", action="store_true", help="of decoding, --pixels and --paint: arimg in bfloat16, "
+                        "the original as it would be")
     parser.add_argument("--batch", type=int, default=4, help="of --train [default: 4]")
     parser.add_argument("--tokens", type=int, default=256, help="of decoding [default: 256]")
     parser.add_argument("--steps", type=int, default=64, help="of generation by MAR [default: 64]")
@@ -57,13 +59,15 @@ def main() -> None:
         print(to_markdown(report))
         return
     original, preset = load_llamagen(arguments.llamagen), AR_PRESETS[arguments.preset]
+    dtype = torch.bfloat16 if arguments.bf16 and not arguments.train else torch.float32
+    our_dtype = torch.bfloat16 if arguments.our_bf16 and not arguments.train else dtype
     if arguments.pixels:
-        report = bench_pixels(vq_pair(original, VQConfig()), 256, arguments.turns)
+        report = bench_pixels(vq_pair(original, VQConfig(), our_dtype), 256, arguments.turns)
     else:
-        dtype = torch.bfloat16 if arguments.bf16 and not arguments.train else torch.float32
-        pair = ar_pair(original, dtype, dim=preset.dim, n_layer=arguments.layers or preset.layers, n_head=preset.heads)
+        pair = ar_pair(original, dtype, our_dtype, dim=preset.dim, n_layer=arguments.layers or preset.layers,
+                       n_head=preset.heads)
         if arguments.paint:
-            pixels = vq_pair(original, VQConfig())
+            pixels = vq_pair(original, VQConfig(), our_dtype)
             with tempfile.TemporaryDirectory() as folder:
                 others = {}
                 for name in arguments.quantize:

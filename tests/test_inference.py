@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from arimg.inference import PackedLinear, lay_out
+from arimg.devices import multiplies_bfloat16
+from arimg.inference import PackedLinear, lay_out, painting
+from arimg.tokenizers.vq import VQConfig, VQTokenizer
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
 
@@ -80,7 +82,39 @@ def test_a_layer_in_two_places_stays_one_layer() -> None:
 
 
 def test_other_precisions_stay_as_they_are() -> None:
-    assert type(lay_out(nn.Sequential(nn.Linear(4, 4).bfloat16()))[0]) is nn.Linear
+    assert type(lay_out(nn.Sequential(nn.Linear(4, 4).double()))[0]) is nn.Linear
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("units", [False, True])
+def test_bfloat16_where_the_processor_has_units(units: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if units and not multiplies_bfloat16(torch.device("cpu")):
+        pytest.skip("this CPU has no units for bfloat16")
+    monkeypatch.setattr("arimg.inference.multiplies_bfloat16", lambda device: units)
+    linear = nn.Linear(48, 80).bfloat16()
+    packed = lay_out(nn.Sequential(copy.deepcopy(linear)))[0]
+    assert isinstance(packed, PackedLinear) == units
+    x = torch.randn(3, 48).bfloat16()
+    torch.testing.assert_close(packed(x), linear(x), atol=2e-2, rtol=2e-2)
+    assert packed.float()(x.float()).dtype == torch.float32
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("units", [False, True])
+def test_painting_in_bfloat16(units: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Near the picture of float32, and the same one in a batch; without units the very picture of float32."""
+    monkeypatch.setattr("arimg.inference.multiplies_bfloat16", lambda device: units)
+    tokenizer = VQTokenizer(VQConfig(codebook_size=64, codebook_dim=4, base_channels=64, multipliers=(1, 2),
+                                     res_blocks=1, z_channels=32)).eval()
+    lay_out(tokenizer.decoder)
+    codes_BL = torch.randint(64, (2, 256), generator=torch.Generator().manual_seed(2))
+    exact = tokenizer.decode_codes(codes_BL, (16, 16))
+    for dtype, differs in ((torch.float32, False), (torch.bfloat16, units)):
+        with painting(torch.device("cpu"), dtype):
+            got = tokenizer.decode_codes(codes_BL, (16, 16))
+            alone = tokenizer.decode_codes(codes_BL[1:], (16, 16))
+        assert torch.equal(got, exact) != differs and torch.equal(alone, got[1:])
+        assert float((got - exact).abs().max()) < 0.05 * float(exact.abs().max())
 
 
 @torch.inference_mode()

@@ -424,7 +424,9 @@ def test_dtypes(tmp_path: Path) -> None:
     folder = toy_folder(tmp_path / "toy")
     pipe = Pipeline.from_pretrained(folder, device="cpu", dtype="bf16")
     assert pipe.dtype == torch.bfloat16 and next(pipe.tokenizer.parameters()).dtype == torch.float32
-    assert pipe(MAP).codes.shape == (1, LENGTH)
+    out = pipe(MAP)
+    assert out.codes.shape == (1, LENGTH) and out.stats.extra["guarantee"] == "tolerance"
+    assert Pipeline.from_pretrained(folder, device="cpu").dtype == torch.float32
     assert pipe.to("cpu", torch.float64).dtype == next(pipe.tokenizer.parameters()).dtype == torch.float64
     with pytest.raises(UnknownNameError, match="unknown dtype 'fp15'; did you mean"):
         Pipeline.from_pretrained(folder, dtype="fp15")

@@ -21,6 +21,7 @@ from arimg.accel.base import DecodeRequest, DecodeResult, DecodeStats, Guarantee
 from arimg.accel.drafts import Blank, DraftInit, find_init
 from arimg.accel.target import Target
 from arimg.accel.windows import Pass, WindowPolicy, find_window
+from arimg.devices import to_device
 
 
 @dataclass
@@ -92,7 +93,7 @@ class SpeculativeJacobi:
         positions_BW = run.fixed_B[:, None] + torch.arange(width, device=run.fixed_B.device)
         if width > 1:
             self._draft(run, positions_BW)
-        widths_B = torch.tensor(widths, device=positions_BW.device)
+        widths_B = to_device(widths, positions_BW.device)
         drafted_BW = torch.arange(1, width + 1, device=positions_BW.device) < widths_B[:, None]
         draws = Draws(run.request, positions_BW, run.target.forward_passes + 1)
         window = self._read(run, drafted_BW, draws)

@@ -8,6 +8,7 @@ from torch import Tensor
 from arimg.accel.base import DecodeRequest, DecodeResult, DecodeStats, Guarantee, OnStep, StepInfo
 from arimg.accel.jacobi import with_forced
 from arimg.accel.target import Target
+from arimg.devices import to_device
 from arimg.errors import InputError
 
 
@@ -39,7 +40,7 @@ class ZipAR:
             fronts = [(row, turn - row * ahead) for row in range(height)]
             drawn = [row * width + column for row, column in fronts if 0 <= column < width]
             p_BWV = self._laws(target, codes_BL, fronts, turn)
-            positions_BW = torch.tensor(drawn, device=device).expand(batch, -1)
+            positions_BW = to_device(drawn, device).expand(batch, -1)
             p_BWV = with_forced(p_BWV, positions_BW, request)
             codes_BL.scatter_(1, positions_BW, target.draw(p_BWV, positions_BW))
             for row in fixed_at:
@@ -65,7 +66,7 @@ class ZipAR:
             late = [row * width + width - 1 for row, column in fronts[:-1] if column == width]
             read, known = read + late, known + late
         device = codes_BL.device
-        codes_BW = codes_BL[:, torch.tensor(known, device=device)]
-        p_BWV = target.step(codes_BW, torch.tensor(read, device=device).expand(len(codes_BL), -1), min(read),
+        codes_BW = codes_BL[:, to_device(known, device)]
+        p_BWV = target.step(codes_BW, to_device(read, device).expand(len(codes_BL), -1), min(read),
                             max(read) + 1)
         return p_BWV[:, :len(active)]

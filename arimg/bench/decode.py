@@ -30,7 +30,8 @@ from arimg.control.base import build
 from arimg.data import load_emoji
 from arimg.errors import InputError
 from arimg.images import load_image
-from arimg.pipeline import Pipeline, positions_per_pass
+from arimg.inference import painting
+from arimg.pipeline import Pipeline, positions_per_pass, promise
 from arimg.quantize import weight_sizes
 from arimg.registry import DECODERS
 from arimg.threads import cpu_threads, decode_threads
@@ -225,7 +226,8 @@ def bench_decode(pipe: Pipeline, model: str, scenes: Sequence[Scene], decoders: 
         clock.measure()
     limits = {cfg: pass_limits(pipe.transformer, len(branch_scales(one[0].guidance, one[0].inject_KBLD is not None)),
                                curves[cfg], reads.rate, gemms.rate) for cfg, one in requests.items()}
-    costs = tuple(_cost(pipe, name, decoders[name].guarantee, cfg, lap, laps.get((ORACLE, cfg)), requests[cfg])
+    costs = tuple(_cost(pipe, name, promise(decoders[name], pipe.transformer), cfg, lap, laps.get((ORACLE, cfg)),
+                        requests[cfg])
                   for (name, cfg), lap in laps.items())
     return DecodeReport(model, describe(pipe.device), str(pipe.dtype).removeprefix("torch."), len(scenes),
                         requests[cfgs[0]][0].length, repeats, costs, curves, limits, reads.rate, gemms.rate)
@@ -258,7 +260,8 @@ def _measure(pipe: Pipeline, decoder: Decoder, request: DecodeRequest, lap: _Lap
     """One picture once: tokens, then pixels."""
     seconds, result = timed(pipe.device, _decode(pipe, decoder, request))
     codes_BL = _codes(result)
-    pixel_seconds, images_B3HW = timed(pipe.device, lambda: pipe.tokenizer.decode_codes(codes_BL, request.grid))
+    with painting(pipe.device, pipe.dtype):
+        pixel_seconds, images_B3HW = timed(pipe.device, lambda: pipe.tokenizer.decode_codes(codes_BL, request.grid))
     lap.seconds[-1].append(seconds)
     lap.pixels.append(pixel_seconds)
     lap.results.append(result)

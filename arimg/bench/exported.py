@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from arimg.bench.machine import ReadClock, describe
 from arimg.bench.original import ARPair, VQPair
-from arimg.bench.side_by_side import CPU, OURS, THEIRS, Comparison, Phases, Side, compare, quantised_pairs
+from arimg.bench.side_by_side import (CPU, OURS, THEIRS, Comparison, Phases, Side, compare, dtype_of, precisions,
+                                      quantised_pairs)
 from arimg.checkpoints import load_component
 from arimg.export import export_component
 
@@ -26,11 +28,11 @@ def exported_sides(codes: ARPair, pixels: VQPair, runtime: str, folder: Path,
     with our own tokenizer (`arimg export --keep-tokenizer`). The graphs are written below `folder`, which must last as
     long as the networks."""
     export_component(pixels.ours, runtime, "float32", folder / "tokenizer")
-    painter = replace(pixels, ours=load_component(folder / "tokenizer", torch.float32))
+    painter = replace(pixels, ours=load_component(folder / "tokenizer", pixels.dtype))
     sides = {}
     for name in formats:
         export_component(codes.ours, runtime, name, folder / name)
-        exported = replace(codes, ours=load_component(folder / name, torch.float32))
+        exported = replace(codes, ours=load_component(folder / name, pixels.dtype))
         sides[f"{runtime} {name}"] = exported, painter
         sides[f"{runtime} {name} + {OURS}"] = exported, pixels
     return sides
@@ -45,7 +47,7 @@ def quantised_sides(codes: ARPair, pixels: VQPair, name: str,
 @torch.no_grad()
 def bench_painting(codes: ARPair, pixels: VQPair, tokens: int, cfg: float, turns: int,
                    others: dict[str, tuple[ARPair, VQPair]]) -> Comparison:
-    """One picture of `tokens` codes: the original, ours in float32, and `others`."""
+    """One picture of `tokens` codes: the original, ours as it is, and `others`."""
     codes.eval()
     width = int(codes.config.block_size ** 0.5)
     grid = (tokens // width, width)
@@ -62,10 +64,13 @@ def bench_painting(codes: ARPair, pixels: VQPair, tokens: int, cfg: float, turns
     head = codes.ours.output.weight.numel()
     clock = ReadClock(CPU)
     laps = compare(runs, [clock.measure], turns)
-    sides = tuple(Side(name, own, tokens * _read(name, blocks, head) / clock.cpu_rate / own["codes"].cpu_seconds, ())
-                  for name, own in laps.items())
+    full = {THEIRS: codes.theirs, OURS: codes.ours}
+    sides = tuple(Side(name, own, tokens * _read(name, blocks, head, full) / clock.cpu_rate / own["codes"].cpu_seconds,
+                       ()) for name, own in laps.items())
+    kinds = precisions(dtype_of(codes.theirs), dtype_of(codes.ours))
     return Comparison(
-        f"one picture of {tokens} tokens, guidance {cfg:g}, codes and pixels", describe(CPU), turns,
+        f"one picture of {tokens} tokens, guidance {cfg:g}, codes and pixels, {kinds}",
+        describe(CPU), turns,
         f"{(blocks + head) / 1e6:.0f} M weights read per token; reading 1 GiB, per thread: "
         f"{clock.cpu_rate / 1e9:.1f} GB/s; the share is of the codes' time",
         f"largest difference of a pixel in [-1, 1] for the same codes: {difference:.1e}", sides)
@@ -79,9 +84,11 @@ def _phases(draw: Any, paint: Any) -> Phases:
     return {"codes": codes, "pixels": lambda: paint(drawn[0])}
 
 
-def _read(name: str, blocks: int, head: int) -> float:
+def _read(name: str, blocks: int, head: int, full: dict[str, nn.Module]) -> float:
     """Bytes of weights per token; an exported int4 network has a head of 8 bits, torch's quantised ones of 16."""
-    runtime, form = (*name.split(), "float32")[:2]
+    if name in full:
+        return float((blocks + head) * dtype_of(full[name]).itemsize)
+    runtime, form = name.split()[:2]
     width = {"fp16": 2.0, "int8": 1.0, "int4": 0.5}.get(form, 4.0)
     head_width = max(width, 2.0 if runtime == OURS else 1.0)
     return blocks * width + head * head_width

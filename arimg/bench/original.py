@@ -22,7 +22,7 @@ from arimg.accel.base import DecodeRequest, Guidance
 from arimg.accel.target import Target
 from arimg.checkpoints import load_state
 from arimg.errors import InputError
-from arimg.inference import lay_out
+from arimg.inference import lay_out, painting
 from arimg.interop.llamagen import ar_config_from_llamagen, transformer_from_llamagen
 from arimg.interop.vq import vq_from_llamagen
 from arimg.models.ar import ARConfig, ARTransformer
@@ -141,8 +141,9 @@ class ARPair:
         return codes_BL
 
 
-def ar_pair(original: LlamaGen, dtype: torch.dtype = torch.float32, **sizes: Any) -> ARPair:
-    """Random weights, the same in both. `sizes` are arguments of the original's ModelArgs."""
+def ar_pair(original: LlamaGen, dtype: torch.dtype = torch.float32, our_dtype: torch.dtype | None = None,
+            **sizes: Any) -> ARPair:
+    """Random weights, the same in both, up to rounding. `sizes` are arguments of the original's ModelArgs."""
     arguments = original.gpt.ModelArgs(**{"block_size": 256, "vocab_size": 16384, **sizes})
     theirs = original.gpt.Transformer(arguments)
     known = {key: value for key, value in asdict(arguments).items() if key not in ("cls_token_num",)}
@@ -151,15 +152,16 @@ def ar_pair(original: LlamaGen, dtype: torch.dtype = torch.float32, **sizes: Any
     load_state(ours, transformer_from_llamagen(theirs.state_dict()), "the original's weights")
     for weight in ours.parameters():
         weight.data = weight.data.clone()
-    return ARPair(original, theirs.to(dtype), ours.to(dtype))
+    return ARPair(original, theirs.to(dtype), ours.to(our_dtype or dtype))
 
 
 @dataclass(frozen=True)
 class VQPair:
-    """The original's tokenizer and ours, with the same weights."""
+    """The original's tokenizer and ours, with the same weights. `dtype` is what a pipeline of ours was asked for."""
 
     theirs: nn.Module
     ours: VQTokenizer
+    dtype: torch.dtype = torch.float32
 
     def their_pixels(self, codes_BL: Tensor, grid: tuple[int, int]) -> Tensor:
         """images_B3HW."""
@@ -169,10 +171,11 @@ class VQPair:
 
     def our_pixels(self, codes_BL: Tensor, grid: tuple[int, int]) -> Tensor:
         """images_B3HW."""
-        return self.ours.decode_codes(codes_BL, grid)
+        with painting(codes_BL.device, self.dtype):
+            return self.ours.decode_codes(codes_BL, grid)
 
 
-def vq_pair(original: LlamaGen, config: VQConfig) -> VQPair:
+def vq_pair(original: LlamaGen, config: VQConfig, dtype: torch.dtype = torch.float32) -> VQPair:
     """Random weights, the same in both, in eval mode."""
     theirs = original.vq.VQModel(original.vq.ModelArgs(
         codebook_size=config.codebook_size, codebook_embed_dim=config.codebook_dim, z_channels=config.z_channels,
@@ -180,7 +183,7 @@ def vq_pair(original: LlamaGen, config: VQConfig) -> VQPair:
     ours = VQTokenizer(config)
     load_state(ours, vq_from_llamagen(theirs.state_dict()), "the original's weights")
     lay_out(ours.eval().decoder)
-    return VQPair(theirs.eval(), ours)
+    return VQPair(theirs.eval(), ours, dtype)
 
 
 def _fill(network: nn.Module) -> None:

@@ -17,7 +17,8 @@ from tqdm import tqdm
 from arimg.bench.machine import (GemmClock, Lap, Operator, ReadClock, count_flops, describe, lapped, markdown_table,
                                  median, operator_table, top_operators)
 from arimg.bench.original import RECIPE, ARPair, VQPair
-from arimg.devices import training_precision
+from arimg.devices import multiplies_bfloat16, training_precision
+from arimg.inference import lay_out
 from arimg.models.ar import ARTransformer
 from arimg.quantize import quantize, weight_sizes
 
@@ -139,8 +140,8 @@ def _loss_difference(pair: ARPair, codes_BL: torch.Tensor, class_ids_B: torch.Te
 @torch.no_grad()
 def bench_decoding(pair: ARPair, tokens: int, cfg: float, turns: int, formats: Sequence[str] = (),
                    compiled: bool = False) -> Comparison:
-    """Plain decoding of one picture of `tokens` tokens; ours also with weights quantised to each of `formats`, the rest
-    in float32, and if `compiled` these through torch.compile as well."""
+    """Plain decoding of one picture of `tokens` tokens; ours also with weights quantised to each of `formats`, and if
+    `compiled` these through torch.compile as well."""
     pair.eval()
     runs: dict[str, Phases] = {THEIRS: {"codes": lambda: pair.their_codes(7, tokens, cfg)},
                                OURS: {"codes": lambda: pair.our_codes(7, tokens, cfg)}}
@@ -150,8 +151,8 @@ def bench_decoding(pair: ARPair, tokens: int, cfg: float, turns: int, formats: S
     read = weight_sizes(pair.ours)[0]
     clock = ReadClock(CPU)
     laps = compare(runs, [clock.measure], turns)
-    dtype = _name(next(pair.ours.parameters()).dtype)
-    return Comparison(f"{tokens} tokens, guidance {cfg:g}, batch 1, {dtype}", describe(CPU), turns,
+    kinds = precisions(dtype_of(pair.theirs), dtype_of(pair.ours))
+    return Comparison(f"{tokens} tokens, guidance {cfg:g}, batch 1, {kinds}", describe(CPU), turns,
                       f"{read / 1e6:.0f} MB of weights per pass;"
                       f" reading 1 GiB, per thread: {clock.cpu_rate / 1e9:.1f} GB/s, "
                       f"so a token takes {read / clock.cpu_rate * 1e3:.1f} ms of processor time at least",
@@ -159,9 +160,12 @@ def bench_decoding(pair: ARPair, tokens: int, cfg: float, turns: int, formats: S
 
 
 def quantised_pairs(pair: ARPair, name: str, compiled: bool) -> dict[str, ARPair]:
-    """Our side with quantised weights, the rest in float32; `compiled`: the same through torch.compile as well."""
+    """Our side with quantised weights, the rest in float32 on a CPU without units for bfloat16; `compiled`: the same
+    through torch.compile as well."""
+    rest = dtype_of(pair.ours) if multiplies_bfloat16(CPU) else torch.float32
+
     def small() -> ARTransformer:
-        return cast(ARTransformer, quantize(copy.deepcopy(pair.ours), name).float())
+        return cast(ARTransformer, lay_out(quantize(copy.deepcopy(pair.ours), name).to(rest)))
     pairs = {f"{OURS} {name}": replace(pair, ours=small())}
     if compiled:
         network = small()
@@ -180,11 +184,21 @@ def bench_pixels(pair: VQPair, side: int, turns: int) -> Comparison:
                                OURS: {"pixels": lambda: pair.our_pixels(codes_BL, grid)}}
     flops, clock = count_flops(runs[THEIRS]["pixels"]), GemmClock(torch.float32, CPU)
     laps = compare(runs, [clock.measure], turns)
-    return Comparison(f"codes to {side}x{side} pixels, float32", describe(CPU), turns,
+    return Comparison(f"codes to {side}x{side} pixels, {precisions(torch.float32, pair.dtype)}", describe(CPU), turns,
                       f"{flops / 1e9:.0f} GFLOP in the original; GEMM 1024x1024x1024, per thread: "
                       f"{clock.cpu_rate / 1e9:.1f} GFLOP/s",
                       f"largest difference of a pixel in [-1, 1]: {float(difference):.1e}",
                       _sides(laps, flops / clock.cpu_rate, runs))
+
+
+def precisions(theirs: torch.dtype, ours: torch.dtype) -> str:
+    """Of the original and of ours, in words."""
+    return _name(ours) if ours == theirs else f"{_name(theirs)}, {OURS} in {_name(ours)}"
+
+
+def dtype_of(network: nn.Module) -> torch.dtype:
+    """The precision of its weights."""
+    return next(network.parameters()).dtype
 
 
 def _name(dtype: torch.dtype) -> str:

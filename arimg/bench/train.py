@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from arimg.bench.machine import (GemmClock, Operator, count_flops, describe, markdown_table, median, operator_table,
                                  timed, top_operators)
-from arimg.devices import find_dtype
+from arimg.devices import multiplies_bfloat16
 from arimg.errors import InputError
 from arimg.registry import OBJECTIVES
 from arimg.train.loop import Trainer
@@ -114,8 +114,9 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _gemm_clocks(precision: str, device: torch.device) -> dict[str, GemmClock]:
-    """float32, the run's precision, and the device's fast one."""
-    dtypes = dict.fromkeys([torch.float32, _PRECISIONS[precision], find_dtype("auto", device)])
+    """float32, the run's precision, and bfloat16 where the device has units for it."""
+    dtypes = dict.fromkeys([torch.float32, _PRECISIONS[precision],
+                            *[torch.bfloat16] * multiplies_bfloat16(device)])
     return {_name(dtype): GemmClock(dtype, device) for dtype in dtypes}
 
 

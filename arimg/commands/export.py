@@ -12,7 +12,7 @@ import click
               "'arimg[export]'.")
 @click.option("--weights", default="float32", show_default=True, metavar="float32|int8|int4", help="How the "
               "transformer's matrices are stored. openvino keeps activations in float32; onnx rounds those of int8 and "
-              "int4 to 8 bits, which is faster, but jacobi then draws other codes than ar.")
+              "int4 to 8 bits, which is faster.")
 @click.option("--keep-tokenizer", is_flag=True, help="Leave the tokenizer to torch, which paints faster than both "
               "runtimes on a CPU without bfloat16 units.")
 @click.option("-o", "--output", required=True, metavar="DIR", help="The pipeline folder to write.")

@@ -41,7 +41,7 @@ def _twice(rows: tuple[tuple[float, ...], ...]) -> Tensor:
 
 
 class Conv3x3(nn.Conv2d):
-    """A 3x3 convolution with zero padding that `lay_out` lets paint by fewer products; training never does.
+    """A 3x3 convolution with zero padding that `lay_out` lets paint by fewer products; training and autocast never do.
 
     Weights that small maps need take four times the memory of the others; they are made for the first such map, and
     forgotten when the others are moved or loaded.
@@ -76,7 +76,7 @@ class Conv3x3(nn.Conv2d):
 
     def _way(self, height: int, width: int) -> Callable[[Tensor], Tensor] | None:
         """What convolves maps of this size; None for the direct convolution."""
-        if not self._laid_out or torch.is_grad_enabled():
+        if not self._laid_out or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
             return None
         if height * width > SMALL:
             return self._by_nnpack if torch.backends.nnpack.is_available() else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,6 +20,8 @@ from arimg.accel.target import Target, filter_probs, mix
 from arimg.accel.windows import BUCKETS
 from arimg.inference import lay_out
 from arimg.models.ar import ARTransformer
+from arimg.models.base import Condition
+from arimg.noise import philox
 from arimg.quantize import quantize
 from tests.models.toy import toy_classes, toy_inject, toy_model
 
@@ -111,6 +114,14 @@ def test_a_pass_waits_for_the_device_once(decoder: SpeculativeJacobi, monkeypatc
         return tolist(tensor)
 
     monkeypatch.setattr(Tensor, "tolist", counted)
+    make, made = torch.tensor, [0]
+
+    def copied(*args: Any, **options: Any) -> Tensor:
+        made[0] += 1
+        return make(*args, **options)
+
+    monkeypatch.setattr("arimg.accel.jacobi.to_device", lambda numbers, device: make(numbers, device=device))
+    monkeypatch.setattr(torch, "tensor", copied)
     request = DecodeRequest(toy_classes(3), (4, 4), torch.arange(3), toy_inject(3),
                             guidance=Guidance(cfg=3.0, control_cfg=2.0, interval=(2, 8)),
                             sampling=Sampling(0.9, 20, 0.9), forced_BL=torch.full((3, 16), -1))
@@ -119,4 +130,29 @@ def test_a_pass_waits_for_the_device_once(decoder: SpeculativeJacobi, monkeypatc
         before = waits[0]
         with CountSyncs() as syncs:
             decoder.advance(run)
-        assert (waits[0] - before, syncs.waits) == (1, 0)
+        assert (waits[0] - before, syncs.waits, made[0]) == (1, 0, 0)
+
+
+def test_noise_is_made_where_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs = [torch.arange(2), torch.arange(2, 4), torch.arange(4, 6)]
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "tensor", None)        # a copy from the host, for which a device would wait
+        words = philox(*pairs)
+    assert all((ours.numpy() == theirs).all() for ours, theirs in zip(words, philox(*(one.numpy() for one in pairs))))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("decoder", [Jacobi(4), Scd(4)], ids=lambda one: type(one).__name__)
+def test_cuda_waits_once_and_paints_the_codes_of_plain_decoding(decoder: SpeculativeJacobi) -> None:
+    condition, model = Condition(class_ids_B=torch.arange(3, device="cuda")), toy_model().double().cuda()
+    request = DecodeRequest(condition, (4, 4), torch.arange(3, device="cuda"), guidance=Guidance(cfg=3.0))
+    run = decoder.begin(Target(model, request), request)
+    while not run.done:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            decoder.advance(run)
+            torch.cuda.set_sync_debug_mode("default")
+        assert sum("synchroniz" in str(one.message) for one in caught) == 1
+    plain = PlainAR().decode(Target(model, request), request).codes_BL
+    assert plain is not None and (decoder.guarantee != "same-codes" or torch.equal(run.codes_BN[:, :16], plain))
