@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,6 +13,7 @@ from arimg.accel import flow
 from arimg.accel.flow import FlowNoise, FlowSolver, log_density, nearest, posterior, posterior_mean, score, velocity
 from arimg.errors import InputError
 from arimg.noise import Purpose
+from tests.accel.test_memory import Largest
 from tests.chi_square import chi_square_p, sampling_floor, total_variation
 
 P_VALUE = 1e-3
@@ -53,13 +56,14 @@ def test_gaussian_noise_flows_into_the_law(vocab: int, channels: int) -> None:
     assert chi_square_p(counts(FlowSolver(10, "euler")), p) < 1e-40, "ten Euler steps are known to be biased"
 
 
-def test_filtered_codes_are_never_reached() -> None:
-    codebook, p = normal(8, 3), toy_law(8)
+@pytest.mark.parametrize("vocab", [8, 40])          # among many codes each token keeps its own
+def test_filtered_codes_are_never_reached(vocab: int) -> None:
+    codebook, p = normal(vocab, 3), toy_law(vocab)
     kept = torch.tensor([1, 4, 6])
-    filtered = torch.zeros(8, dtype=torch.float64).index_copy(0, kept, p[kept] / p[kept].sum())
+    filtered = torch.zeros(vocab, dtype=torch.float64).index_copy(0, kept, p[kept] / p[kept].sum())
     codes = FlowSolver(30).codes(normal(5_000, 3, seed=3), filtered.log().expand(5_000, -1), codebook)
     assert set(codes.tolist()) == {1, 4, 6}
-    assert chi_square_p(torch.bincount(codes, minlength=8), filtered) > P_VALUE
+    assert chi_square_p(torch.bincount(codes, minlength=vocab), filtered) > P_VALUE
 
 
 def test_a_chain_of_two_tokens_has_the_joint_law() -> None:
@@ -121,6 +125,17 @@ def test_a_code_depends_on_its_own_noise_and_law_alone(monkeypatch: pytest.Monke
     chunked = velocity(x, t, log_p, codebook)
     torch.testing.assert_close(chunked, whole)
     torch.testing.assert_close(torch.autograd.grad(chunked.sum(), x)[0], gradient)
+
+
+@pytest.mark.parametrize("reached", [16384, 2000])
+def test_memory_does_not_grow_with_the_tokens(reached: int) -> None:
+    """At LlamaGen's codebook: no tensor beyond the laws themselves, which are given, is of all tokens."""
+    codebook, count = F.normalize(normal(16384, 8), dim=-1).float(), 2048
+    log_p = torch.full((count, 16384), -torch.inf)
+    log_p[:, :reached] = -math.log(reached)
+    with Largest() as largest:
+        codes = FlowSolver(2).codes(normal(count, 8, seed=10).float(), log_p, codebook)
+    assert int(codes.max()) < reached and largest.bytes < 1.2 * 4 * flow._ENTRIES < log_p.nbytes / 6
 
 
 def test_flow_noise_draws_codes_by_the_flow_and_the_rest_as_ever() -> None:
