@@ -152,7 +152,7 @@ def features(images: Tensor) -> np.ndarray:
 
 
 def independent(pipe: Pipeline, codes: Tensor) -> Scores:
-    """The baseline of Distilled Decoding: each token drawn from its teacher's frequencies at its position, no network."""
+    """The baseline of Distilled Decoding: each token by itself, from its teacher's frequencies at its position."""
     rows = torch.randint(len(codes), (PAINTED, codes.shape[1]), generator=torch.Generator().manual_seed(0))
     return scores(pipe.tokenizer.decode_codes(codes.gather(0, rows), GRID))
 
