@@ -8,7 +8,7 @@ at t = 0. With y = x / t and sigma = (1 - t) / t the posterior of the code given
     w_j = softmax_j(log p_j + sigma y.c_j - sigma^2 |c_j|^2 / 2),
 
 which equals softmax_j(log p_j - |x - (1-t) c_j|^2 / (2 t^2)) without its division by t^2. A filtered code has log p_j =
--inf; at least one code of each token must not.
+-inf; at least one code of each token must not. Equations (1) to (4) of docs/distilled.md are this module's.
 
 Letters: N tokens (in the functions of a point: any leading axes); V codes; C latent channels.
 """
@@ -83,7 +83,7 @@ def velocity(x_NC: Tensor, t_N1: Tensor, log_p_NV: Tensor, codebook_VC: Tensor) 
 
 
 def score(x_NC: Tensor, t_N1: Tensor, log_p_NV: Tensor, codebook_VC: Tensor) -> Tensor:
-    """grad_x log p_t(x) = -(x - (1 - t) m) / t^2 (DD2, eq. of the teacher's conditional score)."""
+    """grad_x log p_t(x) = -(x - (1 - t) m) / t^2 (DD2: the teacher's conditional score)."""
     return -(x_NC - (1 - t_N1) * posterior_mean(x_NC, t_N1, log_p_NV, codebook_VC)) / t_N1 ** 2
 
 
@@ -114,10 +114,11 @@ class _Laws:
 
     @classmethod
     def of(cls, log_p_NV: Tensor, codebook_VC: Tensor) -> _Laws:
-        """Where filters leave less than half of the codes, each token keeps its own."""
+        """Where filters leave an eighth of the codes or fewer, each token keeps its own: with more of them, shared
+        products are faster and smaller."""
         vectors_VE = torch.cat([codebook_VC, codebook_VC.square().sum(-1, keepdim=True) / 2], dim=1)
         reached = int((log_p_NV > -math.inf).sum(-1).max())
-        if 2 * reached >= log_p_NV.shape[1]:
+        if 8 * reached > log_p_NV.shape[1]:
             return cls(log_p_NV, vectors_VE.T.contiguous())
         log_p_NK, codes_NK = log_p_NV.topk(reached)
         return cls(log_p_NK, vectors_VE[codes_NK].mT.contiguous(), codes_NK)

@@ -1,5 +1,6 @@
 """The losses of Distilled Decoding 1 (Liu et al. 2024, arXiv:2412.17153) and 2 (Liu et al. 2025, arXiv:2510.21003) as
-functions of tensors: no network, no randomness, nothing detached but what is said to be.
+functions of tensors: no network, no randomness, nothing detached but what is said to be. Equations (5) to (9) of
+docs/distilled.md.
 
 Losses of DD2 are per token, sums over the latent channels. Its notation: q the generator's token, x_t = (1 - t) q +
 t eps its noised form, v a velocity, s a score, f = x_t - t v the clean token that a network sees in x_t. The paper

@@ -32,7 +32,7 @@ from arimg.accel.verify import FlowAR, FlowScales
 from arimg.config import from_dict, to_dict
 from arimg.control.base import get_type
 from arimg.data import EmojiSet, load_emoji, to_images
-from arimg.errors import ConfigError, InputError
+from arimg.errors import ArimgError, ConfigError, InputError
 from arimg.models.base import Condition, order_of
 from arimg.pipeline import Pipeline
 from arimg.train.data import balanced_indices
@@ -60,6 +60,9 @@ class PairsConfig:
         for name in ("count", "batch", "shard"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} {getattr(self, name)}: needs a whole number >= 1")
+        if not 0 <= self.seed <= 2 ** 63 - self.count:
+            raise ConfigError(f"seed {self.seed}: seeds of pairs are whole numbers from 0 to 2**63 - 1; give a smaller "
+                              "one, for example 0")
 
     @property
     def shards(self) -> int:
@@ -157,6 +160,9 @@ class PairMaker:
 
     def __init__(self, teacher: Pipeline, config: PairsConfig) -> None:
         network = teacher.transformer
+        if order_of(network) == "continuous":
+            raise InputError("this teacher paints continuous tokens, and the flow of pairs leads to code vectors; give "
+                             "a teacher whose tokenizer has a codebook")
         self._check_conditions(teacher, config)
         if network.vocab_size > 2 ** 16:
             raise InputError(f"a teacher of {network.vocab_size} codes: pairs hold codes below {2 ** 16}")
@@ -270,24 +276,35 @@ def weights_hash(teacher: Pipeline) -> str:
     return digest.hexdigest()[:16]
 
 
+def _load_shard(path: Path) -> np.ndarray:
+    try:
+        records: np.ndarray = np.load(path, mmap_mode="r")
+    except (ValueError, EOFError) as error:
+        raise InputError(f"{path}: is damaged; delete it, and the same arimg data pairs command makes it again") \
+            from error
+    return records
+
+
 class PairSet:
-    """The pairs of a folder, memory-mapped. Raises InputError when it is not complete."""
+    """The pairs of a folder, memory-mapped. Raises InputError when it is not complete or damaged."""
 
     def __init__(self, folder: Path) -> None:
         try:
             manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            self.config = from_dict(PairsConfig, manifest["config"])
+            self.grid = (manifest["grid"][0], manifest["grid"][1])
+            self.teacher, self.dtype = str(manifest["teacher"]), str(manifest["dtype"])
+            self.conditions = Conditions(self.config, manifest["classes"], tuple(manifest["types"]))
+        except ArimgError as error:
+            raise InputError(f"{folder / MANIFEST}: {error}") from error
+        except (OSError, ValueError, LookupError, TypeError) as error:
             raise InputError(f"{folder}: holds no pairs ({type(error).__name__}); make them with arimg data pairs") \
                 from error
-        self.config = from_dict(PairsConfig, manifest["config"])
-        self.grid = (manifest["grid"][0], manifest["grid"][1])
-        self.teacher, self.dtype = str(manifest["teacher"]), str(manifest["dtype"])
-        self.conditions = Conditions(self.config, manifest["classes"], tuple(manifest["types"]))
         missing = [number for number in range(self.config.shards) if not shard_path(folder, number).exists()]
         if missing:
             raise InputError(f"{folder}: {len(missing)} of {self.config.shards} shards are missing; the same "
                              "arimg data pairs command goes on")
-        self.shards = [np.load(shard_path(folder, number), mmap_mode="r") for number in range(self.config.shards)]
+        self.shards = [_load_shard(shard_path(folder, number)) for number in range(self.config.shards)]
 
     def __len__(self) -> int:
         return self.config.count

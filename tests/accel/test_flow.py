@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,6 +13,7 @@ from arimg.accel import flow
 from arimg.accel.flow import FlowNoise, FlowSolver, log_density, nearest, posterior, posterior_mean, score, velocity
 from arimg.errors import InputError
 from arimg.noise import Purpose
+from tests.accel.test_memory import Largest
 from tests.chi_square import chi_square_p, sampling_floor, total_variation
 
 P_VALUE = 1e-3
@@ -34,8 +37,8 @@ def test_the_score_is_the_gradient_of_the_log_density(unit_norm: bool) -> None:
     gradient, = torch.autograd.grad(log_density(x, t, log_p, codebook).sum(), x)
     torch.testing.assert_close(score(x, t, log_p, codebook), gradient, rtol=1e-9, atol=1e-9)
     v = velocity(x, t, log_p, codebook)
-    torch.testing.assert_close(v, -(t * gradient + x) / (1 - t), rtol=1e-9, atol=1e-8)
-    torch.testing.assert_close(flow.score_of_velocity(v, x, t), gradient, rtol=1e-9, atol=1e-8)
+    torch.testing.assert_close(v, -(t * gradient + x) / (1 - t), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(flow.score_of_velocity(v, x, t), gradient, rtol=1e-9, atol=1e-9)
     direct = log_p - (x[:, None] - (1 - t)[..., None] * codebook).square().sum(-1) / (2 * t ** 2)
     torch.testing.assert_close(posterior(x, t, log_p, codebook), direct.softmax(-1), rtol=1e-8, atol=1e-12)
 
@@ -53,13 +56,14 @@ def test_gaussian_noise_flows_into_the_law(vocab: int, channels: int) -> None:
     assert chi_square_p(counts(FlowSolver(10, "euler")), p) < 1e-40, "ten Euler steps are known to be biased"
 
 
-def test_filtered_codes_are_never_reached() -> None:
-    codebook, p = normal(8, 3), toy_law(8)
+@pytest.mark.parametrize("vocab", [8, 40])          # among many codes each token keeps its own
+def test_filtered_codes_are_never_reached(vocab: int) -> None:
+    codebook, p = normal(vocab, 3), toy_law(vocab)
     kept = torch.tensor([1, 4, 6])
-    filtered = torch.zeros(8, dtype=torch.float64).index_copy(0, kept, p[kept] / p[kept].sum())
+    filtered = torch.zeros(vocab, dtype=torch.float64).index_copy(0, kept, p[kept] / p[kept].sum())
     codes = FlowSolver(30).codes(normal(5_000, 3, seed=3), filtered.log().expand(5_000, -1), codebook)
     assert set(codes.tolist()) == {1, 4, 6}
-    assert chi_square_p(torch.bincount(codes, minlength=8), filtered) > P_VALUE
+    assert chi_square_p(torch.bincount(codes, minlength=vocab), filtered) > P_VALUE
 
 
 def test_a_chain_of_two_tokens_has_the_joint_law() -> None:
@@ -90,7 +94,7 @@ def test_certainty_and_symmetry() -> None:
     certain[:, 5] = 0
     assert bool((FlowSolver().codes(noise, certain, codebook) == 5).all())
     corners = torch.tensor([[1.0, 0], [0, 1], [-1, 0], [0, -1]], dtype=torch.float64)
-    codes = FlowSolver().codes(noise[:, :2], torch.zeros(500, 4, dtype=torch.float64) - 4 ** 0.5, corners)
+    codes = FlowSolver().codes(noise[:, :2], torch.full((500, 4), 0.25, dtype=torch.float64).log(), corners)
     assert torch.equal(codes, nearest(noise[:, :2], corners)), "equal codes share the plane by distance"
 
 
@@ -121,6 +125,17 @@ def test_a_code_depends_on_its_own_noise_and_law_alone(monkeypatch: pytest.Monke
     chunked = velocity(x, t, log_p, codebook)
     torch.testing.assert_close(chunked, whole)
     torch.testing.assert_close(torch.autograd.grad(chunked.sum(), x)[0], gradient)
+
+
+@pytest.mark.parametrize("reached", [16384, 2000])
+def test_memory_does_not_grow_with_the_tokens(reached: int) -> None:
+    """At LlamaGen's codebook: no tensor beyond the laws themselves, which are given, is of all tokens."""
+    codebook, count = F.normalize(normal(16384, 8), dim=-1).float(), 2048
+    log_p = torch.full((count, 16384), -torch.inf)
+    log_p[:, :reached] = -math.log(reached)
+    with Largest() as largest:
+        codes = FlowSolver(2).codes(normal(count, 8, seed=10).float(), log_p, codebook)
+    assert int(codes.max()) < reached and largest.bytes < 1.2 * 4 * flow._ENTRIES < log_p.nbytes / 6
 
 
 def test_flow_noise_draws_codes_by_the_flow_and_the_rest_as_ever() -> None:

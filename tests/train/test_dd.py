@@ -21,9 +21,10 @@ from arimg.config import from_dict
 from arimg.errors import ArimgError, ConfigError, InputError
 from arimg.pipeline import Pipeline
 from arimg.registry import OBJECTIVES
+from arimg.train import dd2
 from arimg.train.dd1 import DD1Objective
 from arimg.train.dd2 import DD2Objective, Turns
-from arimg.train.dd_losses import pair_loss
+from arimg.train.dd_losses import pair_loss, score_distillation_loss
 from arimg.train.dd_scores import TuningObjective, fit_reader
 from arimg.train.loop import Trainer, train
 from arimg.train.pairs import PairMaker, PairsConfig, PairSet, make_pairs
@@ -130,6 +131,25 @@ def test_the_loss_is_of_noise_tokens_alone(home: Path) -> None:
     assert torch.equal(seen[0][:, 5:], starting_noise(request)[:, 5:])
 
 
+@pytest.mark.parametrize("kind, split", [("raster", 8), ("scales", 2)])
+def test_pictures_teach_latents_from_the_split_on(home: Path, kind: str, split: int) -> None:
+    objective = DD1Objective(run_of(home, "dd1", kind, split=split, distance=0.0, perceptual=2.0))
+    codes, units, *conditions = objective.batch(0, 0)
+    latents = objective.space.codebook_VC[codes].clone()
+    latents[:, -1] += 1
+    latents.requires_grad_()
+
+    def student(*_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        return 50.0 * nn.functional.one_hot(codes, len(objective.space.codebook_VC)).float(), latents
+    loss, figures = objective.loss(student, codes, units, objective.request(*conditions))
+    loss.backward()
+    distance = float(figures["perceptual"].detach())
+    assert distance > 0 and latents.grad is not None
+    assert float(loss.detach()) == pytest.approx(2 * distance, abs=1e-5)
+    touched = latents.grad.any(-1).any(0).nonzero().flatten().tolist()
+    assert touched == list(range(objective.ends[split], codes.shape[1]))
+
+
 @pytest.mark.parametrize("kind, loss", [("raster", "gts"), ("raster", "fcs"), ("scales", "gts"), ("text", "gts")])
 def test_the_first_stage_takes_steps(home: Path, kind: str, loss: str) -> None:
     config = run_of(home, "dd2-tuning", kind, head_width=16, head_depth=1, draws=2, fit_steps=2, loss=loss,
@@ -188,6 +208,26 @@ def test_networks_take_turns(home: Path, kind: str, changes: dict[str, Any]) -> 
     assert {name: learner.updates for name, learner in trainer.learners.items()} == {"guidance": 4, "generator": 2}
     pipe = Pipeline.from_pretrained(trainer.export(), "cpu", "float32")
     assert len(painted(pipe, trainer.objective.held_out_request(torch.device("cpu")), "dd2")) == 4  # type: ignore
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_score_of_a_token_moves_that_token_alone(home: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """d CSD_i / d q_j = 0 for j != i in the objective itself, and nothing of CSD reaches the guidance network."""
+    objective, losses = DD2Objective(run_of(home, "dd2", kind, init_from=tuned(home, kind), draws=2)), []
+
+    def recorded(*args: Any) -> torch.Tensor:
+        losses.append(score_distillation_loss(*args))
+        return losses[0]
+    monkeypatch.setattr(dd2, "score_distillation_loss", recorded)
+    _, noise, times, other_noise, *conditions = objective.batch(0, 0)
+    request = objective.request(*conditions)
+    q = objective.tokens(objective.generator, noise, request).detach().requires_grad_()
+    loss, _ = objective.distillation(q, times, other_noise, request)
+    gradient, = torch.autograd.grad(losses[0][:, 1, 9].sum(), q, retain_graph=True)
+    assert gradient.any(-1).nonzero().tolist() == [[1, 9]]
+    loss.backward()
+    assert q.grad is not None and q.grad.any(-1).all()
+    assert all(parameter.grad is None for parameter in objective.guidance.parameters())
 
 
 def test_turns() -> None:

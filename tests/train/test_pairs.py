@@ -27,6 +27,7 @@ from arimg.models.base import Condition
 from arimg.pipeline import Pipeline
 from arimg.train.pairs import MANIFEST, PairMaker, PairsConfig, PairSet, make_pairs, read_captions, weights_hash
 from tests.toy import toy_folder, toy_pipeline, toy_text_encoder
+from tests.toy_continuous import toy_continuous_pipeline
 from tests.train.toy_emoji import write_toy_emoji
 
 SETTINGS: dict[str, Any] = {"count": 7, "seed": 40, "guidance": Guidance(2.0), "sampling": Sampling(top_k=20),
@@ -121,8 +122,14 @@ def test_a_folder_holds_one_set(teacher: Pipeline, tmp_path: Path) -> None:
 def test_refusals(teacher: Pipeline, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="count 0"):
         PairsConfig(count=0)
+    for seed in (-1, 2 ** 63 - 6):
+        with pytest.raises(ConfigError, match=f"seed {seed}"):
+            PairsConfig(**{**SETTINGS, "seed": seed})
     with pytest.raises(InputError, match="captions"):
         PairMaker(toy_pipeline(conditioning="text"), PairsConfig(**SETTINGS))
+    for kind in ("masked", "causal"):
+        with pytest.raises(InputError, match="continuous tokens"):
+            PairMaker(toy_continuous_pipeline(kind), PairsConfig(**SETTINGS))
     with pytest.raises(InputError, match="takes classes; leave the file out"):
         PairMaker(teacher, PairsConfig(**SETTINGS, captions=str(tmp_path / "none.txt")))
     for text, message in ((None, "cannot be read"), ("\n", "the file is empty")):
@@ -134,6 +141,20 @@ def test_refusals(teacher: Pipeline, tmp_path: Path) -> None:
         make_pairs(PairMaker(teacher, PairsConfig(**SETTINGS)), tmp_path, 2, 2)
     with pytest.raises(InputError, match="holds no pairs"):
         PairSet(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("manifest", ["[]", "{}", '{"config": 3}', '{"config": {"count": 0}}'])
+def test_damaged_folders(teacher: Pipeline, tmp_path: Path, manifest: str) -> None:
+    make_pairs(PairMaker(teacher, PairsConfig(**{**SETTINGS, "count": 2})), tmp_path)
+    shard = tmp_path / "pairs-00000.npy"
+    whole = shard.read_bytes()
+    for damaged in (whole[:-5], whole[:20], b""):
+        shard.write_bytes(damaged)
+        with pytest.raises(InputError, match="00000.npy: is damaged; delete it"):
+            PairSet(tmp_path)
+    (tmp_path / MANIFEST).write_text(manifest)
+    with pytest.raises(InputError, match=str(tmp_path)):
+        PairSet(tmp_path)
 
 
 def arguments(model: Path, out: Path, count: int = 5) -> list[str]:

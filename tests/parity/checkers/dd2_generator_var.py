@@ -22,7 +22,7 @@ def check(fixture: Fixture) -> None:
     network, space, settings = build(fixture), space_of(fixture), fixture.settings
     request = DecodeRequest(Condition(class_ids_B=fixture["in.label"]), network.config.scales[-1],
                             torch.arange(len(fixture["in.label"])), guidance=Guidance(1 + settings["cfg"]),
-                            sampling=Sampling(top_k=settings["top_k"]), space=space)
+                            sampling=Sampling(top_k=settings["top_k"], top_p=settings.get("top_p") or 1.0), space=space)
     fixture.compare("out.noise_input", shifted(fixture["in.noise"], space))
     tokens_BLC = check_passes(fixture, network, request)
     target = Target(teacher_of(fixture, "teacher."), request)
