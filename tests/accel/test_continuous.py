@@ -12,6 +12,7 @@ import torch
 from arimg.accel.base import Sampling
 from arimg.accel.continuous import Cspd, JacobiContinuous, SpeculativeRun
 from arimg.accel.masked import ArContinuous, Masked
+from arimg.accel.plan import branches_of
 from arimg.accel.relaxed import CspdRelaxed
 from arimg.accel.target import Target
 from arimg.errors import InputError
@@ -92,6 +93,15 @@ def test_guidance_of_control_alone_and_of_the_class_alone() -> None:
         assert variance_differs < 1e-9
 
 
+@pytest.mark.parametrize("options", [{"cfg": 0.0}, {"cfg": 3.0, "control_cfg": 0.0}, {"cfg": 0.0, "control_cfg": 2.0}])
+def test_a_scale_of_zero_is_the_limit_of_small_ones(options: dict[str, float]) -> None:
+    """On the ramp: the first steps are guided by little, whatever the full scale."""
+    for name in ("masked", "ar-continuous"):
+        zero, small = (run(name, toy_request(2, True, **{key: value or least for key, value in options.items()}))
+                       for least in (0.0, 1e-9))
+        torch.testing.assert_close(zero.latents_BLC, small.latents_BLC, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("steps", [1, 2, 5, 16, 64, 1000])
 def test_any_number_of_steps(steps: int) -> None:
     request = toy_request(2, steps=steps)
@@ -131,7 +141,7 @@ def test_caches_after_a_rollback_equal_a_fresh_run() -> None:
 
 def fresh_cache(model: Any, request: Any, canvas_BLC: torch.Tensor) -> Any:
     from arimg.accel.contexts import CausalContexts, Tokens
-    contexts = CausalContexts(model, request)
+    contexts = CausalContexts(model, request, branches_of(request, "linear"))
     rows = torch.arange(len(canvas_BLC))
     tokens = Tokens(rows, torch.zeros_like(rows), torch.full_like(rows, LENGTH - 1))
     contexts.read(canvas_BLC, torch.full((len(rows), 1), LENGTH - 1), tokens)

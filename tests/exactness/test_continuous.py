@@ -250,13 +250,14 @@ def test_masked_networks_keep_their_law(steps: int) -> None:
     assert 0 < stats.extra["acceptance"] < 1
 
 
+@pytest.mark.parametrize("cfg", [0.0, 3.0])
 @pytest.mark.parametrize("ramp", ["linear", "constant"])
-def test_every_position_has_its_own_guidance(ramp: Any) -> None:
+def test_every_position_has_its_own_guidance(ramp: Any, cfg: float) -> None:
     """Guided z = bias + effect * scale (class 1 against class 0); linear: scale 1 + (cfg - 1) min(j+1, L-1) / L."""
     target, draft = four_tokens(effect=0.4), four_tokens(DRAFTS["wider"], 0.7 * WEIGHTS, effect=0.2)
-    tokens, _ = run(Cspd(draft, 3, ramp=ramp), target, Setup(20_000, 4, guidance=Guidance(3.0)))
+    tokens, _ = run(Cspd(draft, 3, ramp=ramp), target, Setup(20_000, 4, guidance=Guidance(cfg)))
     shares = torch.tensor([min(j + 1, 3) / 4 for j in range(4)]) if ramp == "linear" else torch.ones(4)
-    bias = BIAS + 0.4 * (1 + 2 * shares.double())
+    bias = BIAS + 0.4 * (1 + (cfg - 1) * shares.double())
     assert moment_errors(tokens, *linear_law(WEIGHTS, bias, *TARGET.law())) < 4
 
 
