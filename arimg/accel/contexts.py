@@ -19,7 +19,7 @@ from arimg.accel.base import DecodeRequest
 from arimg.accel.plan import Plan, Ramp, branches_of, given_tokens, guidance_scales, masked_plan, raster_plan
 from arimg.accel.target import FULL, NULL
 from arimg.errors import InputError
-from arimg.models.base import Condition, HeadSample
+from arimg.models.base import Condition, HeadSample, order_of
 from arimg.noise import Purpose
 
 CONTEXT_ROWS = 256      # rows that a masked network reads at once
@@ -213,6 +213,26 @@ def open_plan(backbone: Any, request: DecodeRequest) -> tuple[Plan, Tensor]:
     plan = masked_plan(request, free_BL) if is_masked(backbone) else raster_plan(request, free_BL)
     dtype = torch.promote_types(next(backbone.parameters()).dtype, torch.float32)
     return plan, torch.where(free_BL[..., None], 0.0, given_BLC).to(dtype)
+
+
+def check_draft(draft: Any, backbone: Any, request: DecodeRequest) -> None:
+    """Raises InputError where `draft` cannot draft for `backbone`."""
+    if (order_of(draft) != "continuous" or is_masked(backbone) != is_masked(draft)
+            or backbone.head.channels != draft.head.channels):
+        raise InputError("the draft network and the model are of different kinds; draft with a smaller model of the "
+                         "same kind and tokenizer")
+    for network in (backbone, draft):
+        check_density(network.head, request)
+    ours, theirs = (getattr(network, "config", None) for network in (backbone, draft))
+    for name, what in (("num_classes", "classes"), ("grid", "tokens per side")):
+        if getattr(ours, name, None) != getattr(theirs, name, None):
+            raise InputError(f"the draft network has {getattr(theirs, name, None)} {what}, the model "
+                             f"{getattr(ours, name, None)}; draft with a model of the same pictures and classes")
+    if request.inject_KBLD is not None:
+        points, width = request.inject_KBLD.shape[0], request.inject_KBLD.shape[-1]
+        if theirs is None or (draft.inject_points, theirs.dim) != (points, width):
+            raise InputError(f"this model's control has {points} points of width {width}, and the draft network cannot "
+                             "take it; draft with a model of the same width and points, or without control")
 
 
 def check_density(head: Any, request: DecodeRequest) -> None:

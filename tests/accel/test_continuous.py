@@ -16,7 +16,7 @@ from arimg.accel.plan import branches_of
 from arimg.accel.relaxed import CspdRelaxed
 from arimg.accel.target import Target
 from arimg.errors import InputError
-from tests.models.toy_continuous import HEAD, SIDE, nearby, one_of, toy_causal, toy_mar, toy_request
+from tests.models.toy_continuous import HEAD, SIDE, nearby, one_of, toy_causal, toy_inject, toy_mar, toy_request
 from tests.toy import toy_pipeline
 
 LENGTH = SIDE ** 2
@@ -65,6 +65,19 @@ def test_given_tokens_stay_and_matter(name: str) -> None:
     assert (painted - other)[0][free[0]].abs().max() > 1e-4
     alone = run(name, one_of(replace(request, forced_BLC=given), 1)).latents_BLC
     torch.testing.assert_close(alone[0], painted[1], rtol=1e-9, atol=1e-9)
+
+
+def test_the_share_of_the_target_is_of_each_picture() -> None:
+    """Pictures with other numbers of free tokens have other numbers of steps."""
+    given = torch.full((2, LENGTH, 4), torch.nan, dtype=torch.float64)
+    given[0, :13] = 0.5
+    request = replace(toy_request(2, steps=8), forced_BLC=given)
+    decoder = Cspd(nearby(MASKED), 2, prefill=0.5)
+    together = decoder.decode(Target(MASKED, request), request).latents_BLC
+    for j in (0, 1):
+        one = one_of(request, j)
+        alone = decoder.decode(Target(MASKED, one), one).latents_BLC
+        torch.testing.assert_close(alone[0], together[j], rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", ["masked", "ar-continuous"])
@@ -205,6 +218,13 @@ def test_steps_are_reported() -> None:
     (Cspd(toy_causal()), toy_causal(), {"sampling": Sampling(0.0)}, "no density"),
     (Cspd(toy_causal()), toy_causal(0, replace(HEAD, method="ddim")), {}, "no density"),
     (Masked(last_noise=True), toy_mar(0, replace(HEAD, method="ddim")), {}, "no density"),
+    (Cspd(toy_causal(num_classes=2)), toy_causal(), {}, "has 2 classes, the model 3"),
+    (Cspd(toy_mar(grid=3)), toy_mar(), {}, "has 3 tokens per side, the model 4"),
+    (Cspd(toy_causal(dim=16)), toy_causal(), {"inject_KBLD": toy_inject(3)}, "3 points of width 32"),
+    (CspdRelaxed(toy_mar(inject_encoder=())), toy_mar(), {"inject_KBLD": toy_inject(3)}, "3 points of width 32"),
+    (CspdRelaxed(toy_mar(latent_channels=3)), toy_mar(), {}, "different kinds"),
+    (CspdRelaxed(toy_mar()), toy_mar(0, replace(HEAD, method="ddim")), {}, "no density"),
+    (CspdRelaxed(toy_mar()), toy_mar(), {"sampling": Sampling(0.0)}, "no density"),
     (CspdRelaxed(), toy_mar(), {}, "CspdRelaxed(draft)"),
     (CspdRelaxed(toy_causal()), toy_causal(), {}, "MAR"),
 ])
