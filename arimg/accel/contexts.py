@@ -7,6 +7,7 @@ that are predicted, image after image, in the order of steps, then of positions;
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -15,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from arimg.accel.base import DecodeRequest
-from arimg.accel.plan import Plan, Ramp, given_tokens, guidance_scales, masked_plan, raster_plan
-from arimg.accel.target import FULL, NULL, branch_scales
+from arimg.accel.plan import Plan, Ramp, branches_of, given_tokens, guidance_scales, masked_plan, raster_plan
+from arimg.accel.target import FULL, NULL
 from arimg.errors import InputError
-from arimg.models.base import Condition, HeadSample
+from arimg.models.base import Condition, HeadSample, order_of
 from arimg.noise import Purpose
 
 CONTEXT_ROWS = 256      # rows that a masked network reads at once
@@ -45,22 +46,21 @@ class Contexts(Protocol):
         """Tokens of these steps and of later ones will be replaced."""
 
 
-def branch_condition(backbone: Any, request: DecodeRequest) -> Condition:
-    """The conditions of all branches, one after the other."""
+def branch_condition(backbone: Any, request: DecodeRequest, branches: Collection[str]) -> Condition:
+    """The conditions of these branches, one after the other."""
     return Condition.cat([backbone.null(request.condition) if name == NULL else request.condition
-                          for name in branch_scales(request.guidance, request.inject_KBLD is not None)])
+                          for name in branches])
 
 
 class CausalContexts:
     """A causal network: one pass reads the tokens that are not in the cache yet, and those before the steps asked for.
     Token j is predicted by the slot before it, so step j reads token j-1. Rows advance on their own."""
 
-    def __init__(self, backbone: Any, request: DecodeRequest) -> None:
+    def __init__(self, backbone: Any, request: DecodeRequest, branches: Collection[str]) -> None:
         self.passes = 0
-        self._backbone, self._request = backbone, request
-        self._scales = branch_scales(request.guidance, request.inject_KBLD is not None)
-        self._inject_KBLD = request.inject_KBLD if FULL in self._scales else None
-        self._condition = branch_condition(backbone, request)
+        self._backbone, self._request, self._branches = backbone, request, len(branches)
+        self._inject_KBLD = request.inject_KBLD if FULL in branches else None
+        self._condition = branch_condition(backbone, request, branches)
         self._cache: Any = None
         self._read_B = torch.zeros_like(request.seeds_B)        # tokens in the cache
 
@@ -76,8 +76,8 @@ class CausalContexts:
         reads_BW = (top_B[:, None] - width + torch.arange(width, device=last_B.device)).clamp(0, length - 1)
         self._read_B = torch.maximum(self._read_B, last_B)
         rows = torch.arange(batch, device=last_B.device)[:, None]
-        slots_RW = (prefix + reads_BW).repeat(len(self._scales), 1)
-        units_RWC = canvas_BLC[rows, reads_BW].repeat(len(self._scales), 1, 1)
+        slots_RW = (prefix + reads_BW).repeat(self._branches, 1)
+        units_RWC = canvas_BLC[rows, reads_BW].repeat(self._branches, 1, 1)
         x_RWD = self._backbone.embed(units_RWC, slots_RW)
         if begin:
             x_RPD = self._backbone.prefix(self._condition)
@@ -104,19 +104,17 @@ class CausalContexts:
         length = self._inject_KBLD.shape[2]
         index_BW = torch.where(tokens_BW < 0, length, tokens_BW)
         rows = torch.arange(len(index_BW), device=index_BW.device)[:, None]
-        return F.pad(padded_KBMD[:, rows, index_BW], (0, 0, 0, 0, 0, (len(self._scales) - 1) * len(index_BW)))
+        return F.pad(padded_KBMD[:, rows, index_BW], (0, 0, 0, 0, 0, (self._branches - 1) * len(index_BW)))
 
 
 class MaskedContexts:
     """A masked network: one context per step and image that has tokens to predict, in batches of CONTEXT_ROWS rows."""
 
-    def __init__(self, backbone: Any, request: DecodeRequest, plan: Plan) -> None:
+    def __init__(self, backbone: Any, request: DecodeRequest, plan: Plan, branches: Collection[str]) -> None:
         self.passes = 0
-        self._backbone, self._plan = backbone, plan
-        scales = branch_scales(request.guidance, request.inject_KBLD is not None)
-        self._branches = len(scales)
-        self._inject_KBLD = request.inject_KBLD if FULL in scales else None
-        self._condition = branch_condition(backbone, request)
+        self._backbone, self._plan, self._branches = backbone, plan, len(branches)
+        self._inject_KBLD = request.inject_KBLD if FULL in branches else None
+        self._condition = branch_condition(backbone, request, branches)
 
     def read(self, canvas_BLC: Tensor, steps_BW: Tensor, tokens: Tokens) -> Tensor:
         """See Contexts."""
@@ -167,9 +165,10 @@ class Network:
     """One network in one decode: contexts, guidance and head."""
 
     def __init__(self, backbone: Any, request: DecodeRequest, plan: Plan, ramp: Ramp, last_noise: bool) -> None:
-        self.contexts: Contexts = CausalContexts(backbone, request)
+        branches = branches_of(request, ramp)
+        self.contexts: Contexts = CausalContexts(backbone, request, branches)
         if is_masked(backbone):
-            self.contexts = MaskedContexts(backbone, request, plan)
+            self.contexts = MaskedContexts(backbone, request, plan, branches)
         self.head_tokens = 0
         self._head, self._last_noise = backbone.head, last_noise
         self._request, self._plan, self._ramp = request, plan, ramp
@@ -214,6 +213,26 @@ def open_plan(backbone: Any, request: DecodeRequest) -> tuple[Plan, Tensor]:
     plan = masked_plan(request, free_BL) if is_masked(backbone) else raster_plan(request, free_BL)
     dtype = torch.promote_types(next(backbone.parameters()).dtype, torch.float32)
     return plan, torch.where(free_BL[..., None], 0.0, given_BLC).to(dtype)
+
+
+def check_draft(draft: Any, backbone: Any, request: DecodeRequest) -> None:
+    """Raises InputError where `draft` cannot draft for `backbone`."""
+    if (order_of(draft) != "continuous" or is_masked(backbone) != is_masked(draft)
+            or backbone.head.channels != draft.head.channels):
+        raise InputError("the draft network and the model are of different kinds; draft with a smaller model of the "
+                         "same kind and tokenizer")
+    for network in (backbone, draft):
+        check_density(network.head, request)
+    ours, theirs = (getattr(network, "config", None) for network in (backbone, draft))
+    for name, what in (("num_classes", "classes"), ("grid", "tokens per side")):
+        if getattr(ours, name, None) != getattr(theirs, name, None):
+            raise InputError(f"the draft network has {getattr(theirs, name, None)} {what}, the model "
+                             f"{getattr(ours, name, None)}; draft with a model of the same pictures and classes")
+    if request.inject_KBLD is not None:
+        points, width = request.inject_KBLD.shape[0], request.inject_KBLD.shape[-1]
+        if theirs is None or (draft.inject_points, theirs.dim) != (points, width):
+            raise InputError(f"this model's control has {points} points of width {width}, and the draft network cannot "
+                             "take it; draft with a model of the same width and points, or without control")
 
 
 def check_density(head: Any, request: DecodeRequest) -> None:

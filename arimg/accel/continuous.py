@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from arimg.accel.base import DecodeRequest, DecodeResult, DecodeStats, Guarantee, OnStep
-from arimg.accel.contexts import Drawn, Network, check_density, is_masked, open_plan
+from arimg.accel.contexts import Drawn, Network, check_density, check_draft, open_plan
 from arimg.accel.gaussians import Gaussian, accepted, recoupled
 from arimg.accel.masked import paint_step, progress
 from arimg.accel.plan import Ramp
 from arimg.accel.target import Target
 from arimg.errors import InputError
-from arimg.models.base import Order, order_of
+from arimg.models.base import Order
 from arimg.noise import Purpose
 
 LONGEST_DRAFT = 8       # of window "auto"
@@ -56,9 +56,9 @@ class Cspd:
     def decode(self, target: Target, request: DecodeRequest, on_step: OnStep | None = None) -> DecodeResult:
         """latents_BLC. Raises InputError without a draft, and on networks and heads that do not fit."""
         run = SpeculativeRun(self, target.backbone, request)
-        for step in range(math.ceil(run.plan.steps * self.prefill)):
-            paint_step(run.target, run.canvas_BLC, step)
-            run.cursor_B = torch.minimum(run.cursor_B + 1, run.plan.steps_B)
+        run.cursor_B = torch.ceil(run.plan.steps_B * self.prefill).long()
+        for step in range(int(run.cursor_B.max())):
+            paint_step(run.target, run.canvas_BLC, torch.where(step < run.cursor_B, step, run.plan.steps))
         while bool((run.cursor_B < run.plan.steps_B).any()):
             run.round()
             if on_step is not None:
@@ -73,12 +73,7 @@ class SpeculativeRun:
     def __init__(self, decoder: Cspd, backbone: Any, request: DecodeRequest) -> None:
         if decoder.draft is None:
             raise InputError("the decoder cspd needs a draft network: Cspd(draft); jacobi-continuous needs none")
-        if (order_of(decoder.draft) != "continuous" or is_masked(backbone) != is_masked(decoder.draft)
-                or backbone.head.channels != decoder.draft.head.channels):
-            raise InputError("the draft network and the model are of different kinds; draft with a smaller model "
-                             "of the same kind and tokenizer")
-        for network in (backbone, decoder.draft):
-            check_density(network.head, request)
+        check_draft(decoder.draft, backbone, request)
         self.decoder, self.request = decoder, request
         self.plan, self.canvas_BLC = open_plan(backbone, request)
         self.target = Network(backbone, request, self.plan, decoder.ramp, last_noise=True)

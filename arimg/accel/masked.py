@@ -41,9 +41,10 @@ class PlainContinuous:
         network = Network(target.backbone, request, plan, self.ramp, self.last_noise)
         counts = []
         for step in range(plan.steps):
-            counts.append(paint_step(network, canvas_BLC, step) / len(canvas_BLC))
+            steps_B = torch.full_like(plan.steps_B, step)
+            counts.append(paint_step(network, canvas_BLC, steps_B) / len(canvas_BLC))
             if on_step is not None:
-                on_step(progress(network.passes, plan, torch.full_like(plan.steps_B, step + 1), canvas_BLC))
+                on_step(progress(network.passes, plan, steps_B + 1, canvas_BLC))
         stats = DecodeStats(network.passes, tuple(counts), extra={"head_tokens": network.head_tokens})
         return DecodeResult(stats, latents_BLC=canvas_BLC)
 
@@ -60,9 +61,9 @@ class ArContinuous(PlainContinuous):
     masked = False
 
 
-def paint_step(network: Network, canvas_BLC: Tensor, step: int) -> int:
-    """Write the tokens of one step of every picture onto the canvas. Returns how many there were."""
-    drawn = network.draw(canvas_BLC, torch.full((len(canvas_BLC), 1), step, device=canvas_BLC.device))
+def paint_step(network: Network, canvas_BLC: Tensor, steps_B: Tensor) -> int:
+    """Write the tokens of one step of each picture onto the canvas. Returns how many there were."""
+    drawn = network.draw(canvas_BLC, steps_B[:, None])
     canvas_BLC[drawn.tokens.images_N, drawn.tokens.positions_N] = drawn.sample.latents_NC.to(canvas_BLC.dtype)
     return len(drawn.tokens.images_N)
 

@@ -109,6 +109,12 @@ def raster_plan(request: DecodeRequest, free_BL: Tensor) -> Plan:
     return Plan(rank_BL, bounds_BS, free_BL, bounds_BS[:, -1])
 
 
+def branches_of(request: DecodeRequest, ramp: Ramp) -> dict[str, float]:
+    """The branches that a decode computes, see `branch_scales`. On a ramp the full one is always needed: the first
+    steps are all of it."""
+    return branch_scales(request.guidance, request.inject_KBLD is not None, ramp == "linear")
+
+
 def guidance_scales(request: DecodeRequest, plan: Plan, ramp: Ramp, images_N: Tensor, steps_N: Tensor,
                     positions_N: Tensor, dtype: torch.dtype) -> Tensor:
     """scales_GN of Head.sample for tokens of these images, steps and positions.
@@ -124,5 +130,4 @@ def guidance_scales(request: DecodeRequest, plan: Plan, ramp: Ramp, images_N: Te
     share_N = torch.where(positions_N >= first, share_N, 0.0)
     if stop is not None:
         share_N = torch.where(positions_N < stop, share_N, 0.0)
-    scales = branch_scales(request.guidance, request.inject_KBLD is not None)
-    return torch.stack([1 + (scale - 1) * share_N for scale in scales.values()])
+    return torch.stack([1 + (scale - 1) * share_N for scale in branches_of(request, ramp).values()])

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from arimg.accel.base import DecodeRequest, DecodeResult, DecodeStats, Guarantee, OnStep
-from arimg.accel.contexts import Drawn, MaskedContexts, Network, Tokens, is_masked, open_plan
+from arimg.accel.contexts import Drawn, MaskedContexts, Network, Tokens, check_draft, is_masked, open_plan
 from arimg.accel.gaussians import Gaussian, log_ratio
 from arimg.accel.masked import paint_step, progress
 from arimg.accel.plan import Ramp
@@ -89,7 +89,7 @@ class CspdRelaxed:
         if not isinstance(window, int) or window < 1:
             raise InputError(f"--window {window}: the decoder cspd-relaxed takes the whole number of steps between "
                              "verifications, at least 1")
-        if inner_temperature <= 0 or not 0 <= prefill <= 1:
+        if not inner_temperature > 0 or not 0 <= prefill <= 1:
             raise InputError(f"inner_temperature {inner_temperature}, prefill {prefill}: need a number above 0 and a "
                              "share in [0, 1]; released are 42 and 0.15")
         self.draft, self.window, self.prefill, self.ramp = draft, window, prefill, ramp
@@ -120,6 +120,7 @@ class RelaxedRun:
             raise InputError("the decoder cspd-relaxed needs a draft network: CspdRelaxed(draft)")
         if not is_masked(target.backbone) or not is_masked(decoder.draft):
             raise InputError("the decoder cspd-relaxed is for networks that read any set of tokens (MAR); use cspd")
+        check_draft(decoder.draft, target.backbone, request)
         self.decoder, self.request = decoder, request
         self.plan, self.canvas_BLC = open_plan(target.backbone, request)
         self.target = Network(target.backbone, request, self.plan, decoder.ramp, last_noise=False)
@@ -131,7 +132,7 @@ class RelaxedRun:
     def advance(self, step: int) -> None:
         """One step of the target or of the draft, and the verification that may follow it."""
         if step <= math.floor(self.plan.steps * self.decoder.prefill):
-            paint_step(self.target, self.canvas_BLC, step)
+            paint_step(self.target, self.canvas_BLC, torch.full_like(self.plan.steps_B, step))
             return
         steps_B1 = torch.full((len(self.canvas_BLC), 1), step, device=self.canvas_BLC.device)
         drawn = self.draft.draw(self.canvas_BLC, steps_B1)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from arimg.accel.base import Decoder, DecodeRequest, DecodeResult, DecodeStats, Guarantee, OnStep
+from arimg.accel.contexts import is_masked
 from arimg.accel.continuous import Cspd, JacobiContinuous
 from arimg.accel.masked import ArContinuous, Masked
 from arimg.accel.plan import DEFAULT_STEPS
@@ -33,7 +34,7 @@ class ContinuousCost:
     steps: int                          # of the plan
     passes: int                         # of the target
     draft_passes: int
-    head_tokens: int                    # tokens that the heads of both drew, of all pictures
+    head_evaluations: int               # of the networks of both heads: one per token and step, for all pictures
     acceptance: float                   # share of judged drafts that were kept; nan without drafts
     accepted_length: float              # steps that a pass of the target made final
     seconds: float                      # median over the repeats, of the whole batch
@@ -85,11 +86,14 @@ def bench_continuous(pipe: Pipeline, draft: Any, windows: Sequence[int], steps: 
     InputError on a model whose tokens are codes."""
     if order_of(pipe.transformer) != "continuous":
         raise InputError("bench continuous: this model paints codes; use arimg bench decode")
+    masked = is_masked(pipe.transformer)
+    if steps is not None and not masked:
+        raise InputError(f"--steps {steps}: this model paints token by token, so it has no number of steps; leave it "
+                         "out")
     scale = pipe.settings.cfg if cfg is None else cfg
     capture = _Capture()
     pipe(class_id=0, n=n, cfg=scale, decoder=capture, lossy=True, output_type="latent")
     request = capture.request
-    masked = hasattr(pipe.transformer, "context")
     plain: type[Masked] | type[ArContinuous] = Masked if masked else ArContinuous
     total = min(steps or DEFAULT_STEPS, request.length) if masked else request.length
     decoders: dict[str, tuple[Decoder, int]] = {f"plain, {total} steps": (plain(), total)}
@@ -110,7 +114,8 @@ def bench_continuous(pipe: Pipeline, draft: Any, windows: Sequence[int], steps: 
         same = replace(request, steps=total if masked else None)
         own = median(timed(pipe.device, lambda: plain().decode(Target(draft, same), same))[0] for _ in range(repeats))
         cost = own / first
-    rows = [_row(name, decoders[name], measured[name], cost, "none" if name in extra else None)
+    heads = [0 if one is None else one.head.evaluations for one in (pipe.transformer, draft)]
+    rows = [_row(name, decoders[name], measured[name], cost, heads, "none" if name in extra else None)
             for name in measured]
     return ContinuousReport(describe(pipe.device), str(pipe.dtype).removeprefix("torch."), n, repeats, scale, cost,
                             tuple(rows))
@@ -132,22 +137,23 @@ def _laps(pipe: Pipeline, request: DecodeRequest, decoders: dict[str, tuple[Deco
 
 
 def _row(name: str, decoder: tuple[Decoder, int], measured: tuple[float, DecodeStats], cost: float,
-         guarantee: Guarantee | None) -> ContinuousCost:
-    """`guarantee`: where it is not the decoder's own, because it has fewer steps than the others."""
+         heads: Sequence[int], guarantee: Guarantee | None) -> ContinuousCost:
+    """`heads`: evaluations for a token by the target's head and by the draft's. `guarantee`: where it is not the
+    decoder's own, because it has fewer steps than the others."""
     (one, steps), (seconds, stats) = decoder, measured
     acceptance, formula = stats.extra.get("acceptance", math.nan), math.nan
     if isinstance(one, CspdRelaxed):
         formula = expected(steps, math.floor(steps * one.prefill) + 1, one.window, cost)
     elif isinstance(one, Cspd) and isinstance(one.window, int):
         formula = textbook(acceptance, one.window, cost)
+    drawn = (stats.extra["head_tokens"], stats.extra.get("draft_head_tokens", 0))
     return ContinuousCost(name, guarantee or one.guarantee, steps, stats.forward_passes,
-                          stats.extra.get("draft_passes", 0),
-                          stats.extra["head_tokens"] + stats.extra.get("draft_head_tokens", 0), acceptance,
+                          stats.extra.get("draft_passes", 0), heads[0] * drawn[0] + heads[1] * drawn[1], acceptance,
                           steps / stats.forward_passes, seconds, formula)
 
 
-_COLUMNS = ("decoder", "guarantee", "target passes", "draft passes", "head tokens", "acceptance", "steps/pass", "s",
-            "speed-up", "formula")
+_COLUMNS = ("decoder", "guarantee", "target passes", "draft passes", "head evaluations", "acceptance", "steps/pass",
+            "s", "speed-up", "formula")
 
 
 def to_markdown(report: ContinuousReport) -> str:
@@ -155,15 +161,16 @@ def to_markdown(report: ContinuousReport) -> str:
     base, cost = report.rows[0].seconds, ""
     if not math.isnan(report.draft_cost):
         cost = f" A draft step costs {report.draft_cost:.3f} of the target's."
-    rows = [[f"`{row.decoder}`", row.guarantee, str(row.passes), str(row.draft_passes), str(row.head_tokens),
+    rows = [[f"`{row.decoder}`", row.guarantee, str(row.passes), str(row.draft_passes), str(row.head_evaluations),
              _blank(row.acceptance), f"{row.accepted_length:.2f}", f"{row.seconds:.3f}", f"{base / row.seconds:.2f}x",
              _blank(row.formula)] for row in report.rows]
     return "\n".join([
         "# Decoders of continuous tokens side by side", "",
         f"{report.pictures} pictures in one batch, cfg {report.cfg:g}, {report.repeats} repeats in turns; "
         f"{report.dtype}; {report.machine}.{cost}", "", markdown_table(_COLUMNS, rows), "",
-        "`plain` with fewer steps: the target alone, with as many passes as a speculative decoder took. Formula: of "
-        "the released scheme, or of draft and verify with the measured acceptance."])
+        "`plain` with fewer steps: the target alone, with as many passes as a speculative decoder took; a causal model "
+        "has one token per step and no such row. Formula: of the released scheme, or of draft and verify with the "
+        "measured acceptance."])
 
 
 def _blank(value: float) -> str:

@@ -123,6 +123,7 @@ class Head(Protocol):
     """What a decoder may ask of the head that draws continuous tokens from z. It holds no run state."""
 
     channels: int               # C
+    evaluations: int            # of its network, for one token
     draws: int                  # S: noise_NSC[:, 0] is the start, [:, 1 + i] belongs to the i-th step before the end
     has_density: bool           # whether the last step has a Gaussian, so that `last_noise` and p/q rules make sense
 

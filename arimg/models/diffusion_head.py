@@ -205,7 +205,8 @@ class DiffusionHead(nn.Module):
             raise ConfigError(f"method {method!r}: choose {', '.join(METHODS)}")
         self.schedule: Schedule = build_schedule(steps)
         self.method = method
-        self.draws = 1 + len(self.schedule.steps)
+        self.evaluations = len(self.schedule.steps)
+        self.draws = 1 + self.evaluations
         self.has_density = method == "ancestral"
 
     def sample(self, z_GND: Tensor, noise_NSC: Tensor, scales_GN: Tensor | None = None, temperature: float = 1.0,

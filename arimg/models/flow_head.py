@@ -34,7 +34,7 @@ class FlowHead(nn.Module):
         """Sample with another number of Euler steps from now on. Raises ConfigError."""
         if not steps.isdigit() or int(steps) < 1:
             raise ConfigError(f"steps {steps!r}: the flow head takes a number of Euler steps, at least 1")
-        self.steps = int(steps)
+        self.steps = self.evaluations = int(steps)
 
     def sample(self, z_GND: Tensor, noise_NSC: Tensor, scales_GN: Tensor | None = None, temperature: float = 1.0,
                last_noise: bool = False) -> HeadSample:

@@ -98,7 +98,7 @@ class Block(nn.Module):
 
     def __init__(self, dim: int, heads: int, config: MARConfig) -> None:
         super().__init__()
-        hidden = int(dim * config.mlp_ratio)
+        hidden = int(dim * config.mlp_ratio + 1e-6)     # a ratio read off a file may fall a last bit short
         self.heads = heads
         self.norm1 = nn.LayerNorm(dim, eps=config.norm_eps)
         self.attn = nn.ModuleDict({"qkv": nn.Linear(dim, 3 * dim), "proj": nn.Linear(dim, dim)})

@@ -12,10 +12,11 @@ import torch
 from arimg.accel.base import Sampling
 from arimg.accel.continuous import Cspd, JacobiContinuous, SpeculativeRun
 from arimg.accel.masked import ArContinuous, Masked
+from arimg.accel.plan import branches_of
 from arimg.accel.relaxed import CspdRelaxed
 from arimg.accel.target import Target
 from arimg.errors import InputError
-from tests.models.toy_continuous import HEAD, SIDE, nearby, one_of, toy_causal, toy_mar, toy_request
+from tests.models.toy_continuous import HEAD, SIDE, nearby, one_of, toy_causal, toy_inject, toy_mar, toy_request
 from tests.toy import toy_pipeline
 
 LENGTH = SIDE ** 2
@@ -66,6 +67,19 @@ def test_given_tokens_stay_and_matter(name: str) -> None:
     torch.testing.assert_close(alone[0], painted[1], rtol=1e-9, atol=1e-9)
 
 
+def test_the_share_of_the_target_is_of_each_picture() -> None:
+    """Pictures with other numbers of free tokens have other numbers of steps."""
+    given = torch.full((2, LENGTH, 4), torch.nan, dtype=torch.float64)
+    given[0, :13] = 0.5
+    request = replace(toy_request(2, steps=8), forced_BLC=given)
+    decoder = Cspd(nearby(MASKED), 2, prefill=0.5)
+    together = decoder.decode(Target(MASKED, request), request).latents_BLC
+    for j in (0, 1):
+        one = one_of(request, j)
+        alone = decoder.decode(Target(MASKED, one), one).latents_BLC
+        torch.testing.assert_close(alone[0], together[j], rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("name", ["masked", "ar-continuous"])
 def test_control_and_class_matter(name: str) -> None:
     plain, controlled = (run(name, toy_request(2, control)).latents_BLC for control in (False, True))
@@ -90,6 +104,15 @@ def test_guidance_of_control_alone_and_of_the_class_alone() -> None:
                          for one in (toy_request(2, True, cfg=1.0, control_cfg=0.0), toy_request(2)))
         variance_differs = (without - bare).abs().max()     # without control there is no other variance either
         assert variance_differs < 1e-9
+
+
+@pytest.mark.parametrize("options", [{"cfg": 0.0}, {"cfg": 3.0, "control_cfg": 0.0}, {"cfg": 0.0, "control_cfg": 2.0}])
+def test_a_scale_of_zero_is_the_limit_of_small_ones(options: dict[str, float]) -> None:
+    """On the ramp: the first steps are guided by little, whatever the full scale."""
+    for name in ("masked", "ar-continuous"):
+        zero, small = (run(name, toy_request(2, True, **{key: value or least for key, value in options.items()}))
+                       for least in (0.0, 1e-9))
+        torch.testing.assert_close(zero.latents_BLC, small.latents_BLC, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5, 16, 64, 1000])
@@ -131,7 +154,7 @@ def test_caches_after_a_rollback_equal_a_fresh_run() -> None:
 
 def fresh_cache(model: Any, request: Any, canvas_BLC: torch.Tensor) -> Any:
     from arimg.accel.contexts import CausalContexts, Tokens
-    contexts = CausalContexts(model, request)
+    contexts = CausalContexts(model, request, branches_of(request, "linear"))
     rows = torch.arange(len(canvas_BLC))
     tokens = Tokens(rows, torch.zeros_like(rows), torch.full_like(rows, LENGTH - 1))
     contexts.read(canvas_BLC, torch.full((len(rows), 1), LENGTH - 1), tokens)
@@ -195,6 +218,13 @@ def test_steps_are_reported() -> None:
     (Cspd(toy_causal()), toy_causal(), {"sampling": Sampling(0.0)}, "no density"),
     (Cspd(toy_causal()), toy_causal(0, replace(HEAD, method="ddim")), {}, "no density"),
     (Masked(last_noise=True), toy_mar(0, replace(HEAD, method="ddim")), {}, "no density"),
+    (Cspd(toy_causal(num_classes=2)), toy_causal(), {}, "has 2 classes, the model 3"),
+    (Cspd(toy_mar(grid=3)), toy_mar(), {}, "has 3 tokens per side, the model 4"),
+    (Cspd(toy_causal(dim=16)), toy_causal(), {"inject_KBLD": toy_inject(3)}, "3 points of width 32"),
+    (CspdRelaxed(toy_mar(inject_encoder=())), toy_mar(), {"inject_KBLD": toy_inject(3)}, "3 points of width 32"),
+    (CspdRelaxed(toy_mar(latent_channels=3)), toy_mar(), {}, "different kinds"),
+    (CspdRelaxed(toy_mar()), toy_mar(0, replace(HEAD, method="ddim")), {}, "no density"),
+    (CspdRelaxed(toy_mar()), toy_mar(), {"sampling": Sampling(0.0)}, "no density"),
     (CspdRelaxed(), toy_mar(), {}, "CspdRelaxed(draft)"),
     (CspdRelaxed(toy_causal()), toy_causal(), {}, "MAR"),
 ])

@@ -33,6 +33,7 @@ DRAFTS = {
 }
 WEIGHTS = torch.tensor([[0, 0, 0, 0], [0.8, 0, 0, 0], [-0.5, 0.6, 0, 0], [0.3, 0.2, 0.7, 0]], dtype=torch.float64)
 BIAS = torch.tensor([0.1, -0.4, 0.2, 0.5], dtype=torch.float64)
+LONG = 10                       # tokens: more than the widest window
 
 
 def one_token(law: Chain) -> LinearCausal:
@@ -197,11 +198,16 @@ def test_two_tokens_keep_their_correlation() -> None:
 
 @pytest.mark.parametrize("window", [1, 3, 4, 8, "auto", *(pytest.param(slow, marks=pytest.mark.slow)
                                                           for slow in (2, 5, 6, 7))])
-def test_four_tokens_have_the_law_of_the_target(window: int | str) -> None:
-    draft = four_tokens(DRAFTS["wider"], 0.7 * WEIGHTS)
-    tokens, _ = run(Cspd(draft, window), four_tokens(), Setup(20_000, 4))
-    mean, variance = TARGET.law()
-    assert moment_errors(tokens, *linear_law(WEIGHTS, BIAS, mean, variance)) < 4
+def test_every_window_keeps_the_law_of_the_target(window: int | str) -> None:
+    """Of tokens that depend on the two before them and on the first."""
+    place = torch.arange(LONG)
+    back = place[:, None] - place
+    weights = torch.where(back == 1, 0.6, torch.where(back == 2, -0.3, 0.0)).double()
+    weights[3:, 0] += 0.2
+    bias = 0.1 * place.double() - 0.4
+    draft = LinearCausal(ChainHead(DRAFTS["wider"]), 0.7 * weights, bias)
+    tokens, _ = run(Cspd(draft, window), LinearCausal(ChainHead(TARGET), weights, bias), Setup(20_000, LONG))
+    assert moment_errors(tokens, *linear_law(weights, bias, *TARGET.law())) < 4
 
 
 @pytest.mark.parametrize("prefill", [0.05, 0.5, 1.0])
@@ -250,13 +256,14 @@ def test_masked_networks_keep_their_law(steps: int) -> None:
     assert 0 < stats.extra["acceptance"] < 1
 
 
+@pytest.mark.parametrize("cfg", [0.0, 3.0])
 @pytest.mark.parametrize("ramp", ["linear", "constant"])
-def test_every_position_has_its_own_guidance(ramp: Any) -> None:
+def test_every_position_has_its_own_guidance(ramp: Any, cfg: float) -> None:
     """Guided z = bias + effect * scale (class 1 against class 0); linear: scale 1 + (cfg - 1) min(j+1, L-1) / L."""
     target, draft = four_tokens(effect=0.4), four_tokens(DRAFTS["wider"], 0.7 * WEIGHTS, effect=0.2)
-    tokens, _ = run(Cspd(draft, 3, ramp=ramp), target, Setup(20_000, 4, guidance=Guidance(3.0)))
+    tokens, _ = run(Cspd(draft, 3, ramp=ramp), target, Setup(20_000, 4, guidance=Guidance(cfg)))
     shares = torch.tensor([min(j + 1, 3) / 4 for j in range(4)]) if ramp == "linear" else torch.ones(4)
-    bias = BIAS + 0.4 * (1 + 2 * shares.double())
+    bias = BIAS + 0.4 * (1 + (cfg - 1) * shares.double())
     assert moment_errors(tokens, *linear_law(WEIGHTS, bias, *TARGET.law())) < 4
 
 
@@ -293,17 +300,19 @@ def test_a_draft_that_is_the_target_is_always_kept(masked: bool, monkeypatch: py
     torch.testing.assert_close(tokens, run(plain, network, setup)[0], rtol=0, atol=1e-12)
 
 
-def test_costs_are_those_of_the_formula() -> None:
-    """All kept: rounds of W drafted steps and a free one; each network's passes and head tokens follow."""
-    network, length, window = four_tokens(), 4, 1
-    _, stats = run(Cspd(network, window), network, Setup(10, length))
-    rounds = math.ceil(length / (window + 1))
+@pytest.mark.parametrize("window", [1, 2, 3, 4])
+@pytest.mark.parametrize("masked", [False, True])
+def test_costs_are_those_of_the_formula(masked: bool, window: int) -> None:
+    """All kept: rounds of W drafted steps and a free one, where steps are left; passes and head tokens follow."""
+    network: Any = LinearMasked(ChainHead(TARGET), WEIGHTS + 0.3, BIAS) if masked else four_tokens()
+    _, stats = run(Cspd(network, window), network, Setup(10, 4, steps=4 if masked else None))
+    rounds = math.ceil(4 / (window + 1))
+    drafted = 4 - 4 // (window + 1)             # each whole round has a free step
     assert stats.forward_passes == rounds
-    assert stats.extra["draft_passes"] == rounds * window
-    assert stats.extra["draft_head_tokens"] == 10 * rounds * window
-    assert stats.extra["head_tokens"] == 10 * length
-    assert stats.extra["judged"] == 10 * rounds * window
-    assert stats.accepted_per_pass == (2.0, 2.0)
+    assert stats.extra["draft_passes"] == drafted
+    assert stats.extra["draft_head_tokens"] == stats.extra["judged"] == 10 * drafted
+    assert stats.extra["head_tokens"] == 10 * 4
+    assert sum(stats.accepted_per_pass) == 4
 
 
 def test_a_sample_does_not_depend_on_its_batch() -> None:

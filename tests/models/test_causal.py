@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from arimg.accel.contexts import CausalContexts, Tokens
-from arimg.accel.plan import raster_plan
+from arimg.accel.plan import branches_of, raster_plan
 from arimg.errors import ConfigError, InputError
 from arimg.models.base import Condition
 from arimg.models.causal import CausalConfig
@@ -24,7 +24,7 @@ def test_steps_agree_with_the_teacher_forced_pass(control: bool) -> None:
     model, latents = toy_causal(), latents_of(3)
     request = toy_request(3, control)
     z = model(latents, request.condition, request.grid, request.inject_KBLD)
-    contexts = CausalContexts(model, request)
+    contexts = CausalContexts(model, request, branches_of(request, "linear"))
     for step in range(LENGTH):
         tokens = Tokens(torch.arange(3), torch.zeros(3, dtype=torch.int64), torch.full((3,), step))
         known = latents.clone()
@@ -38,7 +38,8 @@ def test_ragged_windows_and_replaced_tokens() -> None:
     """Rows at different places, with tokens that change after they were read (F3: a cache after a rollback)."""
     model, latents = toy_causal(), latents_of(2)
     request = toy_request(2)
-    contexts, plan = CausalContexts(model, request), raster_plan(request, torch.ones(2, LENGTH, dtype=torch.bool))
+    contexts = CausalContexts(model, request, branches_of(request, "linear"))
+    plan = raster_plan(request, torch.ones(2, LENGTH, dtype=torch.bool))
     drafts = latents_of(2, seed=9)
     for cursors in ([0, 0], [1, 4], [3, 5], [6, 6], [7, 15]):
         cursor_B = torch.tensor(cursors)

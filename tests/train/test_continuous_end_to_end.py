@@ -150,11 +150,12 @@ def test_speculation_paints_as_well(kind: str, studio: Studio) -> None:
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_fixed_points_paint_the_same(kind: str, studio: Studio) -> None:
-    """To half an 8-bit pixel step."""
+    """To half an 8-bit pixel step with the last tolerance."""
     plain = studio.painted(kind, MODELS[kind].plain)
-    painted = studio.painted(kind, JacobiContinuous(8, 2e-5))
-    painted.show(f"{kind}, jacobi-continuous")
-    difference = np.abs(2 * (painted.pixels_NHW3 - plain.pixels_NHW3)).max()
-    print(f"largest difference of a pixel in 8-bit steps: {difference * 127.5:.4f}")
+    for tolerance in (1e-3, 1e-4, 2e-5):
+        painted = studio.painted(kind, JacobiContinuous(8, tolerance))
+        painted.show(f"{kind}, jacobi-continuous, tolerance {tolerance:g}")
+        difference = np.abs(2 * (painted.pixels_NHW3 - plain.pixels_NHW3)).max()
+        print(f"largest difference of a pixel in 8-bit steps: {difference * 127.5:.4f}")
     assert abs(painted.f1_N.mean() - plain.f1_N.mean()) <= 0.02
     assert difference <= HALF_A_PIXEL_STEP and painted.passes <= plain.passes

@@ -27,6 +27,8 @@ def build_mar(config: Mapping[str, Any], state: dict[str, Tensor]) -> MARTransfo
     for name, value in inferred.items():
         if name == "head":
             assert all(getattr(built.head, key) == entry for key, entry in value.items()), value
+        elif name == "mlp_ratio":       # shapes tell the whole number that the original rounds down to
+            assert int(built.encoder_dim * value) == int(built.encoder_dim * built.mlp_ratio), value
         elif name != "decoder_heads":
             assert getattr(built, name) == value, (name, value)
     return model.eval()
