@@ -43,8 +43,9 @@ class Fixture:
         return [name for name, rule in self.spec["compare"].items()
                 if name.startswith(f"out.{start}") and rule["mode"] not in NOT_MATCHED]
 
-    def compare(self, name: str, got: Tensor) -> None:
-        """Assert that `got` equals the stored output `name` by the rule of the JSON's `compare` field."""
+    def compare(self, name: str, got: Tensor, resolution: Tensor | None = None) -> None:
+        """Assert that `got` equals the stored output `name` by the rule of the JSON's `compare` field. `resolution` is
+        what rounding alone may move each value by, where that is more than the rule allows."""
         want, rule = self.tensors[name], self.spec["compare"][name]
         assert tuple(got.shape) == tuple(want.shape), f"{name}: shape {tuple(got.shape)}, expected {tuple(want.shape)}"
         where = torch.ones_like(want, dtype=torch.bool)
@@ -58,6 +59,8 @@ class Fixture:
         assert exact or rule["mode"] == "close", f"{name}: unknown mode {rule['mode']!r}"
         error = (got.detach().double() - want.double()).abs()
         limit = torch.zeros_like(error) if exact else rule.get("atol", 0) + rule.get("rtol", 0) * want.double().abs()
+        if resolution is not None:
+            limit = torch.maximum(limit, resolution.double())
         bad = where & ~((error <= limit) | (got.detach().double() == want.double()))
         worst = float(error[where].max()) if where.any() else 0.0
         self.errors[name] = max(worst, self.errors.get(name, 0.0))
