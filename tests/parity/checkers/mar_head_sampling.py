@@ -1,7 +1,8 @@
 """Ancestral sampling of the head, step by step. The second half of guided rows means nothing and is not compared.
 
-pred_x0 = (x_t - sqrt(1 - alpha_bar) eps) / sqrt(alpha_bar), and 1 / sqrt(alpha_bar) is 2e4 at t = 999: there the original
-itself, in float32, gives values up to 0.03 apart on processors of two makers, where the fixture's rule allows 0.001.
+pred_x0 = (x_t - sqrt(1 - alpha_bar) eps) / sqrt(alpha_bar), and 1 / sqrt(alpha_bar) is 2e4 at t = 999: there the
+original itself, in float32, gives values up to 0.03 apart on processors of two makers, where the fixture's rule allows
+0.001.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ def check(fixture: Fixture) -> None:
 
 
 def x0_resolution(head: DiffusionHead, x_SNC: list[Tensor], cfg: float) -> Tensor:
-    """Eight units in the last place of x_t / sqrt(alpha_bar), x_t and eps being of order one at least inside the network;
-    guidance multiplies the errors of eps by 2 cfg - 1 at most."""
+    """Eight units in the last place of x_t / sqrt(alpha_bar), x_t and eps being of order one at least inside the
+    network; guidance multiplies the errors of eps by 2 cfg - 1 at most."""
     factors_S = torch.tensor([step.alpha_bar ** -0.5 for step in reversed(head.schedule.steps)], dtype=torch.float64)
     sizes_SNC = torch.stack(x_SNC).double().abs().clamp(min=1)
     return 8 * torch.finfo(torch.float32).eps * max(1.0, 2 * cfg - 1) * factors_S[:, None, None] * sizes_SNC
