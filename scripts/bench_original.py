@@ -41,7 +41,8 @@ def main() -> None:
     parser.add_argument("--cfg", type=float, default=2.0, help="of decoding [default: 2]")
     parser.add_argument("--quantize", nargs="*", default=[], metavar="fp16|int8|int4",
                         help="of our weights, for decoding")
-    parser.add_argument("--compile", action="store_true", help="the quantised networks through torch.compile as well")
+    parser.add_argument("--compile", action="store_true", help="the quantised networks, and ours in training, through "
+                        "torch.compile as well")
     parser.add_argument("--export", nargs="*", default=[], metavar="onnx|openvino",
                         help="with --paint: our networks on these runtimes as well")
     parser.add_argument("--weights", nargs="*", default=["int8"], metavar="float32|int8|int4",
@@ -76,7 +77,7 @@ def main() -> None:
                     others |= exported_sides(pair, pixels, name, Path(folder) / name, arguments.weights)
                 report = bench_painting(pair, pixels, arguments.tokens, arguments.cfg, arguments.turns, others)
         elif arguments.train:
-            report = bench_training(pair, arguments.batch, arguments.turns, arguments.bf16)
+            report = bench_training(pair, arguments.batch, arguments.turns, arguments.bf16, arguments.compile)
         else:
             report = bench_decoding(pair, arguments.tokens, arguments.cfg, arguments.turns, arguments.quantize,
                                     arguments.compile)

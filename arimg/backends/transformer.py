@@ -20,8 +20,6 @@ from arimg.backends.runtimes import OnnxGraph
 from arimg.models.ar import ARConfig, CaptionEmbedding, ClassEmbedding, rotary_table
 from arimg.models.base import Condition
 
-_TILE = 128         # rows that a product of ONNX Runtime with small weights gives to a thread
-
 
 def cache_names(layers: int) -> list[str]:
     """Of the graph's inputs, in the order of a cache's store."""
@@ -53,10 +51,10 @@ class ExportedTransformer(Exported):
     def exact(self) -> bool:
         """Whether a pass over many positions gives the laws of passes over one each. With rounded activations that
         needs sums of one order, bit by bit, which depends on the processor's kernels: so it is tried."""
-        return self._graph is None or not self._graph.rounds or self._equal_passes()
+        return self._graph is None or not self._graph.rounds or all(map(self._equal_passes, (1, 2, 3)))
 
     @torch.no_grad()
-    def _equal_passes(self, rows: int = 2) -> bool:
+    def _equal_passes(self, rows: int) -> bool:
         """At the end of the largest square and a full cache, whose values are random."""
         side, random = isqrt(self.config.block_size), torch.Generator().manual_seed(0)
         stop, width = self.prefix_length + side ** 2, min(8, side ** 2)
@@ -120,9 +118,9 @@ class OnnxTransformer(ExportedTransformer):
 
     def step(self, x_RWD: Tensor, slots_RW: Tensor, cache: PlaceCache, inject_KRWD: Tensor | None = None,
              mask_RWW: Tensor | None = None, at_RW: Tensor | None = None) -> Tensor:
-        """See ExportedTransformer. Products go by tiles of rows, and a tile of one row in 4 bits has a kernel of its
-        own, with other sums: where activations are rounded and one would be left, the last position is there twice."""
-        if slots_RW.numel() % _TILE != 1 or not self.graph.rounds:
+        """See ExportedTransformer. Products take rows in pairs, and a row that is left over has a kernel of its own,
+        with other sums: where activations are rounded and one would be left, the last position is there twice."""
+        if slots_RW.numel() % 2 == 0 or not self.graph.rounds:
             return super().step(x_RWD, slots_RW, cache, inject_KRWD, mask_RWW, at_RW)
         width = slots_RW.shape[1]
         twice = torch.arange(width + 1).clamp_(max=width - 1)

@@ -83,10 +83,12 @@ def _sides(laps: dict[str, dict[str, Lap]], best: float, runs: dict[str, Phases]
     return tuple(sides)
 
 
-def bench_training(pair: ARPair, batch: int, turns: int, bfloat16: bool = False) -> Comparison:
+def bench_training(pair: ARPair, batch: int, turns: int, bfloat16: bool = False,
+                   compiled: bool = False) -> Comparison:
     """Forward, backward, and clipping with AdamW, on whole sequences; dropout as published.
 
-    `bfloat16`: autocast for the original, and what a run of ours with precision bf16 does on this machine."""
+    `bfloat16`: autocast for the original, and what a run of ours with precision bf16 does on this machine. `compiled`:
+    ours with train.compile as well."""
     cells, vocabulary = pair.config.block_size, pair.config.vocab_size
     generator = torch.Generator().manual_seed(1)
     codes_BL = torch.randint(vocabulary, (batch, cells), generator=generator)
@@ -100,6 +102,10 @@ def bench_training(pair: ARPair, batch: int, turns: int, bfloat16: bool = False)
                              bfloat16),
         OURS: _step_phases(pair.ours, lambda: pair.our_loss(codes_BL, class_ids_B), pair.our_optimizer(),
                            ours == torch.bfloat16)}
+    if compiled:
+        graph = replace(pair, ours=torch.compile(pair.ours))
+        runs[f"{OURS} compiled"] = _step_phases(pair.ours, lambda: graph.our_loss(codes_BL, class_ids_B),
+                                                pair.our_optimizer(), ours == torch.bfloat16)
     flops = count_flops(lambda: pair.our_loss(codes_BL, class_ids_B).backward())
     pair.ours.zero_grad()
     clocks = {kind: GemmClock(kind, CPU) for kind in (torch.float32, *[torch.bfloat16] * bfloat16)}

@@ -263,6 +263,8 @@ def _warn_once(backend: str, reason: str) -> None:
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+    if q.dtype == torch.bfloat16 and q.device.type == "cpu" and torch.is_grad_enabled():
+        return _math(q, k, v, mask, causal)     # the fused kernel's backward pass takes twice as long (docs/bench.md)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
 
 

@@ -74,8 +74,6 @@ class ARTask(nn.Module):
     def __init__(self, config: ARRun, codebook_VC: Tensor, grid: tuple[int, int]) -> None:
         super().__init__()
         self.transformer = self.new_transformer(config, codebook_VC)
-        if not torch.accelerator.is_available():
-            self.transformer.attention_backend = "math"     # the fused kernel's backward pass is slower on CPUs
         self.grid = grid
 
     def new_transformer(self, config: ARRun, codebook_VC: Tensor) -> Any:
@@ -223,8 +221,9 @@ class ARObjective(SingleNetwork):
                 load_state(module, self.initial_state(name, folder / name), str(folder / name))
 
     def initial_state(self, name: str, folder: Path) -> dict[str, Tensor]:
-        """Weights of the component folder that the part `name` of the network starts from."""
-        return dict(load_component(folder).state_dict())
+        """Weights of the component folder that the part `name` of the network starts from: float32, whatever the file
+        holds, because small updates of 16-bit weights are rounded away."""
+        return dict(load_component(folder, torch.float32).state_dict())
 
     def batch(self, step: int, micro: int = 0) -> tuple[Tensor, ...]:
         """(codes, what is read of them, conditions, drop condition, ...) of training samples."""

@@ -101,7 +101,8 @@ class TokenizerObjective:
         torch.manual_seed(config.seed)
         self.network = TokenizerTask(config)
         if config.init_from:
-            load_state(self.network.tokenizer, load_component(config.init_from).state_dict(), config.init_from)
+            state = load_component(config.init_from, torch.float32).state_dict()
+            load_state(self.network.tokenizer, state, config.init_from)
         self.network.to(memory_format=torch.channels_last)
         self.adversary = Adversary(config.loss, PatchDiscriminator()) if config.loss.adversarial else None
         data, crop = config.data, Crop(config.data.crop, flip=True)

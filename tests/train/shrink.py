@@ -66,6 +66,8 @@ def shrink(path: Path, root: Path) -> Any:
     data, model = values.setdefault("data", {}), values.setdefault("model", {})
     source = data.get("source", "emoji")
     values |= {"name": f"toy-{path.stem}", "init_from": ""}
+    for name in ("new_layers", "new_control_layers"):       # of what it starts from
+        values.pop(name, None)
     if source != "emoji":
         data |= {"source": "shards", "folder": str(root / "shards"), "validation": ""}
     _fill_paths(values, root, STRIDES[source])

@@ -254,6 +254,14 @@ def test_a_control_run_starts_from_an_ar_run(ar_run, control_run):
     assert all(torch.equal(tensor, trained[key]) for key, tensor in network.transformer.state_dict().items())
 
 
+def test_weights_of_16_bits_are_trained_in_float32(control_run, tmp_path):
+    folder = train(control_run, ControlObjective(control_run))
+    for name in ("transformer", "control"):
+        save_component(load_component(folder / name), tmp_path / name, torch.bfloat16)
+    network = ControlObjective(replace(control_run, init_from=str(tmp_path))).network
+    assert {parameter.dtype for parameter in network.parameters()} == {torch.float32}
+
+
 def test_a_deeper_network_starts_where_the_shallower_one_ended(control_run):
     """New layers are the identity, whatever the others have learnt; and they learn."""
     folder = train(control_run, ControlObjective(control_run))
