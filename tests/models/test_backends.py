@@ -74,4 +74,4 @@ def test_training_in_bfloat16_follows_float32(masked: bool) -> None:
     pairs = [(outs[1].detach(), outs[0].detach()), *((a.grad, b.grad) for a, b in zip(inputs_16, inputs_32))]
     for got, wanted in pairs:
         assert got is not None and wanted is not None
-        assert float((got.float() - wanted).norm() / wanted.norm()) < 0.02
+        assert float((got.float() - wanted).norm() / wanted.norm()) < 0.05
