@@ -103,7 +103,7 @@ def bench_training(pair: ARPair, batch: int, turns: int, bfloat16: bool = False,
         OURS: _step_phases(pair.ours, lambda: pair.our_loss(codes_BL, class_ids_B), pair.our_optimizer(),
                            ours == torch.bfloat16)}
     if compiled:
-        graph = replace(pair, ours=torch.compile(pair.ours))
+        graph = replace(pair, ours=cast(ARTransformer, torch.compile(pair.ours)))
         runs[f"{OURS} compiled"] = _step_phases(pair.ours, lambda: graph.our_loss(codes_BL, class_ids_B),
                                                 pair.our_optimizer(), ours == torch.bfloat16)
     flops = count_flops(lambda: pair.our_loss(codes_BL, class_ids_B).backward())
