@@ -28,7 +28,8 @@ DIFFUSERS_NAMES = {
     "generator": "seed",
 }
 MAX_PICTURES = 1024
-_MODEL_DEFAULTS = ("size", "decoder", "cfg", "control_cfg", "temperature", "top_k", "top_p")
+_MODEL_DEFAULTS = ("size", "decoder", "cfg", "control_cfg", "guidance_order", "plausibility",
+                   "temperature", "top_k", "top_p")
 _EXCLUSIVE = (("class_name", "class_id", "class_labels", "prompt", "prompt_embeds"), ("seed", "seeds", "generator"))
 
 
@@ -49,6 +50,8 @@ class CallOptions:
     control_start: float | Sequence[float] = 0.0            # parts of the raster order, or of the scales
     control_end: float | Sequence[float] = 1.0
     control_cfg: float | None = None                        # guidance of the control alone; the model's own, None = cfg
+    guidance_order: str = "class-first"                     # or control-first; the model's own
+    plausibility: float = 0.0                               # codes guidance may choose; the model's own
     resize: str = "pad"                                     # how a control of another size is fitted
     class_name: str | Sequence[str] | None = None           # a list = one picture (or n) for each
     class_id: int | Sequence[int] | None = None

@@ -61,6 +61,8 @@ class PipelineSettings:
     decoder: str = "ar"
     cfg: float = 1.0
     control_cfg: float | None = None
+    guidance_order: str = "class-first"     # or control-first, see arimg/accel/target.py
+    plausibility: float = 0.0
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0

@@ -204,7 +204,7 @@ class Pipeline:
 
     def _request(self, call: CallOptions) -> tuple[DecodeRequest, list[ControlMap]]:
         """What is to be decoded, and the control maps it was made from."""
-        guidance = Guidance(call.cfg, call.control_cfg, call.cfg_interval)
+        guidance = Guidance(call.cfg, call.control_cfg, call.cfg_interval, call.guidance_order, call.plausibility)
         sampling = Sampling(call.temperature, call.top_k, call.top_p)
         size, space = self._size(call), self.tokenizer.space()
         grid = (size[0] // self.tokenizer.stride, size[1] // self.tokenizer.stride)

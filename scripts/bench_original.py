@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from arimg.bench.exported import bench_painting, exported_sides, quantised_sides
+from arimg.bench.exported import bench_painting, compiled_side, exported_sides, quantised_sides
 from arimg.bench.original import ar_pair, load_llamagen, vq_pair
 from arimg.bench.original_mar import bench_generation, load_mar, mar_pair
 from arimg.bench.side_by_side import bench_decoding, bench_pixels, bench_training, to_markdown
@@ -41,8 +41,7 @@ def main() -> None:
     parser.add_argument("--cfg", type=float, default=2.0, help="of decoding [default: 2]")
     parser.add_argument("--quantize", nargs="*", default=[], metavar="fp16|int8|int4",
                         help="of our weights, for decoding")
-    parser.add_argument("--compile", action="store_true", help="the quantised networks, and ours in training, through "
-                        "torch.compile as well")
+    parser.add_argument("--compile", action="store_true", help="ours through torch.compile as well")
     parser.add_argument("--export", nargs="*", default=[], metavar="onnx|openvino",
                         help="with --paint: our networks on these runtimes as well")
     parser.add_argument("--weights", nargs="*", default=["int8"], metavar="float32|int8|int4",
@@ -70,7 +69,7 @@ def main() -> None:
         if arguments.paint:
             pixels = vq_pair(original, VQConfig(), our_dtype)
             with tempfile.TemporaryDirectory() as folder:
-                others = {}
+                others = compiled_side(pair, pixels) if arguments.compile else {}
                 for name in arguments.quantize:
                     others |= quantised_sides(pair, pixels, name, arguments.compile)
                 for name in arguments.export:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from arimg.noise import CounterNoise, Purpose, philox
+from arimg.noise import CounterNoise, Purpose, largest, philox
 
 KNOWN = {       # philox4x32-10 in the known-answer file of Random123: counter, key, words
     "zeros": ("00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
@@ -45,3 +45,14 @@ def test_laws() -> None:
     assert abs(float(gumbel.mean()) - 0.57722) < 0.02 and abs(float(gumbel.var()) - 1.64493) < 0.05
     normal = noise.normal(seeds_B, positions_BW, 100, Purpose.FLOW)
     assert abs(float(normal.mean())) < 0.02 and abs(float(normal.var()) - 1) < 0.02
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_largest_is_the_first_of_equals(dtype: torch.dtype) -> None:
+    values = torch.randint(0, 9, (3, 4, 50)).to(dtype).transpose(0, 1)
+    found = largest(values)
+    assert found.shape == (4, 3) and found.dtype == torch.int64
+    assert torch.equal(values.gather(-1, found[..., None])[..., 0], values.amax(-1))
+    if dtype != torch.bfloat16:
+        assert torch.equal(found, (values == values.amax(-1, keepdim=True)).byte().argmax(-1))
+    assert largest(values[0, 0]).shape == ()

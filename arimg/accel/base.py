@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from torch import Tensor
 
-from arimg.errors import InputError
+from arimg.errors import InputError, UnknownNameError
 from arimg.models.base import Condition
 from arimg.noise import CounterNoise
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from arimg.tokenizers.base import TokenSpace
 
 Guarantee = Literal["same-codes", "same-law", "tolerance", "none"]
+GUIDANCE_ORDERS = ("class-first", "control-first")
 
 
 @dataclass(frozen=True)
@@ -27,11 +28,18 @@ class Guidance:
     cfg: float = 1.0                                # scale; 1 = off
     control_cfg: float | None = None                # scale of the control alone; None = the same as cfg
     interval: tuple[int, int | None] = (0, None)    # token positions [first, stop) that are guided; None = to the end
+    order: str = "class-first"                      # which of the two is added first, see accel/target.py
+    plausibility: float = 0.0                       # least share of the best code's unguided probability; 0 = any code
 
     def __post_init__(self) -> None:
+        if self.order not in GUIDANCE_ORDERS:
+            raise UnknownNameError("guidance order", self.order, GUIDANCE_ORDERS)
         for name, value in (("cfg", self.cfg), ("control-cfg", self.control_cfg)):
             if value is not None and (not math.isfinite(value) or value < 0):
                 raise InputError(f"--{name} {value}: a guidance scale is a finite number >= 0; 1 switches guidance off")
+        if not 0 <= self.plausibility <= 1:
+            raise InputError(f"--plausibility {self.plausibility}: needs a number in [0, 1]; 0 bars no code, 0.1 those "
+                             "that the model finds ten times less likely than the best one")
         first, stop = self.interval
         if first < 0 or (stop is not None and stop <= first):
             raise InputError(f"--cfg-interval {first}:{'' if stop is None else stop}: needs 0 <= first < stop; "

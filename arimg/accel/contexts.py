@@ -17,7 +17,7 @@ from torch import Tensor
 
 from arimg.accel.base import DecodeRequest
 from arimg.accel.plan import Plan, Ramp, branches_of, given_tokens, guidance_scales, masked_plan, raster_plan
-from arimg.accel.target import FULL, NULL
+from arimg.accel.target import branch_condition, branch_inject
 from arimg.errors import InputError
 from arimg.models.base import Condition, HeadSample, order_of
 from arimg.noise import Purpose
@@ -46,21 +46,15 @@ class Contexts(Protocol):
         """Tokens of these steps and of later ones will be replaced."""
 
 
-def branch_condition(backbone: Any, request: DecodeRequest, branches: Collection[str]) -> Condition:
-    """The conditions of these branches, one after the other."""
-    return Condition.cat([backbone.null(request.condition) if name == NULL else request.condition
-                          for name in branches])
-
-
 class CausalContexts:
     """A causal network: one pass reads the tokens that are not in the cache yet, and those before the steps asked for.
     Token j is predicted by the slot before it, so step j reads token j-1. Rows advance on their own."""
 
     def __init__(self, backbone: Any, request: DecodeRequest, branches: Collection[str]) -> None:
         self.passes = 0
-        self._backbone, self._request, self._branches = backbone, request, len(branches)
-        self._inject_KBLD = request.inject_KBLD if FULL in branches else None
-        self._condition = branch_condition(backbone, request, branches)
+        self._backbone, self._request, self._branches = backbone, request, tuple(branches)
+        self._inject_KBLD = request.inject_KBLD
+        self._condition = branch_condition(backbone, request.condition, branches)
         self._cache: Any = None
         self._read_B = torch.zeros_like(request.seeds_B)        # tokens in the cache
 
@@ -76,8 +70,8 @@ class CausalContexts:
         reads_BW = (top_B[:, None] - width + torch.arange(width, device=last_B.device)).clamp(0, length - 1)
         self._read_B = torch.maximum(self._read_B, last_B)
         rows = torch.arange(batch, device=last_B.device)[:, None]
-        slots_RW = (prefix + reads_BW).repeat(self._branches, 1)
-        units_RWC = canvas_BLC[rows, reads_BW].repeat(self._branches, 1, 1)
+        slots_RW = (prefix + reads_BW).repeat(len(self._branches), 1)
+        units_RWC = canvas_BLC[rows, reads_BW].repeat(len(self._branches), 1, 1)
         x_RWD = self._backbone.embed(units_RWC, slots_RW)
         if begin:
             x_RPD = self._backbone.prefix(self._condition)
@@ -104,7 +98,7 @@ class CausalContexts:
         length = self._inject_KBLD.shape[2]
         index_BW = torch.where(tokens_BW < 0, length, tokens_BW)
         rows = torch.arange(len(index_BW), device=index_BW.device)[:, None]
-        return F.pad(padded_KBMD[:, rows, index_BW], (0, 0, 0, 0, 0, (self._branches - 1) * len(index_BW)))
+        return branch_inject(padded_KBMD[:, rows, index_BW], self._branches)
 
 
 class MaskedContexts:
@@ -112,9 +106,9 @@ class MaskedContexts:
 
     def __init__(self, backbone: Any, request: DecodeRequest, plan: Plan, branches: Collection[str]) -> None:
         self.passes = 0
-        self._backbone, self._plan, self._branches = backbone, plan, len(branches)
-        self._inject_KBLD = request.inject_KBLD if FULL in branches else None
-        self._condition = branch_condition(backbone, request, branches)
+        self._backbone, self._plan, self._branches = backbone, plan, tuple(branches)
+        self._inject_KBLD = request.inject_KBLD
+        self._condition = branch_condition(backbone, request.condition, branches)
 
     def read(self, canvas_BLC: Tensor, steps_BW: Tensor, tokens: Tokens) -> Tensor:
         """See Contexts."""
@@ -123,7 +117,7 @@ class MaskedContexts:
     def read_known(self, canvas_BLC: Tensor, known_BWL: Tensor, tokens: Tokens) -> Tensor:
         """z_GND of the tokens, those of offset w given the known ones of row w of their image."""
         self.passes += 1
-        width, most = known_BWL.shape[1], max(1, CONTEXT_ROWS // self._branches)
+        width, most = known_BWL.shape[1], max(1, CONTEXT_ROWS // len(self._branches))
         pairs_N, inverse_N = torch.unique(tokens.images_N * width + tokens.offsets_N, return_inverse=True)
         chunks = []
         for first, pairs_Q in zip(range(0, len(pairs_N), most), pairs_N.split(most)):
@@ -137,14 +131,14 @@ class MaskedContexts:
 
     def _contexts(self, canvas_BLC: Tensor, known_BWL: Tensor, images_Q: Tensor, offsets_Q: Tensor) -> Tensor:
         """z_GQLD."""
-        batch, branches = len(canvas_BLC), self._branches
+        batch, branches = len(canvas_BLC), len(self._branches)
         class_ids_R = self._condition.class_ids_B
         assert class_ids_R is not None
         ids_GQ = class_ids_R.unflatten(0, (branches, batch))[:, images_Q]
         inject_KQLD = None if self._inject_KBLD is None else self._inject_KBLD[:, images_Q]
         z_RLD = self._backbone.context(
             Condition(class_ids_B=ids_GQ.flatten()), canvas_BLC[images_Q].repeat(branches, 1, 1),
-            known_BWL[images_Q, offsets_Q].repeat(branches, 1), inject_KQLD)
+            known_BWL[images_Q, offsets_Q].repeat(branches, 1), branch_inject(inject_KQLD, self._branches))
         return z_RLD.unflatten(0, (branches, -1))
 
 

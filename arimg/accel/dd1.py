@@ -21,7 +21,7 @@ from arimg.accel.scale import scale_ends, scale_laws
 from arimg.accel.target import Target
 from arimg.errors import InputError
 from arimg.models.base import Condition, Order, order_of
-from arimg.noise import Purpose
+from arimg.noise import Purpose, largest
 from arimg.tokenizers.base import TokenSpace
 
 
@@ -110,7 +110,7 @@ def trained_schedule(student: Student, steps: int | None) -> Schedule:
 def _likeliest(student: Student, h_BWD: Tensor, condition: Condition) -> Tensor:
     """codes_BW of the largest logits, which are made some tokens at a time and never kept."""
     width = max(1, LOGIT_ROWS // len(h_BWD))
-    return torch.cat([student.logits(h, condition).argmax(-1) for h in h_BWD.split(width, dim=1)], dim=1)
+    return torch.cat([largest(student.logits(h, condition)) for h in h_BWD.split(width, dim=1)], dim=1)
 
 
 class Dd1:

@@ -68,6 +68,9 @@ def given_tokens(request: DecodeRequest, channels: int) -> Tensor:
     if request.forced_BL is not None or request.draft_BL is not None:
         raise InputError("codes are given, but the tokens of this model are continuous; give forced_latents, with NaN "
                          "where the model is free")
+    if request.guidance.plausibility:
+        raise InputError(f"plausibility {request.guidance.plausibility}: continuous tokens have no codes "
+                         "to bar; leave it out")
     if request.sampling.top_k or request.sampling.top_p < 1:
         raise InputError(f"top-k {request.sampling.top_k}, top-p {request.sampling.top_p}: continuous tokens have no "
                          "ranks; leave both out, or lower the temperature")

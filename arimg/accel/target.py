@@ -1,5 +1,5 @@
-"""The law that every decoder samples from: guidance branches are formed and mixed here, and temperature, top-k and
-top-p are applied here, once, in float32 (float64 models stay in float64).
+"""The law that every decoder samples from: guidance branches are formed and mixed here, implausible codes barred, and
+temperature, top-k and top-p applied here, once, in float32 (float64 models stay in float64).
 
 Guidance acts on token j with a share r(j): full + r (guided - full). In raster order r is 1 inside the interval of
 positions and 0 outside; in the order of scales it also ramps up, r = k / (S - 1) for the tokens of scale k = 0 .. S-1
@@ -10,6 +10,8 @@ Letters: B images; G guidance branches; R = G*B rows; W positions of a pass; L t
 
 from __future__ import annotations
 
+import math
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -20,23 +22,43 @@ from torch import Tensor
 from arimg.accel.base import DecodeRequest, Guidance, Sampling
 from arimg.models.base import Backbone, Condition, order_of
 from arimg.models.layers import at_least_float32
+from arimg.noise import largest
 
-FULL, CLASS, NULL = "full", "class", "null"     # condition + control; condition alone; null condition alone
+FULL, CLASS, MAP, NULL = "full", "class", "map", "null"     # condition + control; either alone; neither
 
 
 def branch_scales(guidance: Guidance, controlled: bool, ramp: bool = False) -> dict[str, float]:
     """The branches that must be computed, each with the scale of the step that leads to it, in the order of rows.
 
-    guided = null + cfg * (class - null) + control_cfg * (full - class), so the weights are 1 - cfg, cfg - control_cfg
-    and control_cfg. A branch of weight 0 drops out of the chain without changing the other scales; control_cfg = cfg
-    leaves null + cfg * (full - null) (Ho and Salimans 2022). Outside an interval and on a ramp `full` is needed by
-    itself.
+    class-first:   guided = null + cfg * (class - null) + control_cfg * (full - class)
+    control-first: guided = null + control_cfg * (map - null) + cfg * (full - map)
+
+    (the latter as Brooks et al. 2023, arXiv:2211.09800, equation 3). So with a the scale of the first step and b that
+    of the second, the weights are b, a - b and 1 - a. A branch of weight 0 drops out of the chain without changing the
+    other scales; control_cfg = cfg leaves null + cfg * (full - null) (Ho and Salimans 2022). Outside an interval, on a
+    ramp and for the plausibility of codes `full` is needed by itself.
     """
     control_cfg = guidance.control_cfg if controlled and guidance.control_cfg is not None else guidance.cfg
-    weights = {FULL: control_cfg, CLASS: guidance.cfg - control_cfg, NULL: 1 - guidance.cfg}
-    scales = {FULL: control_cfg, CLASS: guidance.cfg, NULL: 1.0}
-    limited = ramp or guidance.interval != (0, None)
+    (first, a), (_, b) = (CLASS, guidance.cfg), (MAP, control_cfg)
+    if guidance.order == "control-first":
+        first, a, b = MAP, b, a
+    weights = {FULL: b, first: a - b, NULL: 1 - a}
+    scales = {FULL: b, first: a, NULL: 1.0}
+    limited = ramp or guidance.interval != (0, None) or guidance.plausibility > 0
     return {name: scales[name] for name in scales if weights[name] or (name == FULL and limited)}
+
+
+def branch_condition(backbone: Backbone, condition: Condition, branches: Collection[str]) -> Condition:
+    """The conditions of these branches, one after the other."""
+    return Condition.cat([backbone.null(condition) if name in (MAP, NULL) else condition for name in branches])
+
+
+def branch_inject(inject_KBWD: Tensor | None, branches: Collection[str]) -> Tensor | None:
+    """inject_KRWD of these branches: those that see the control come first, the others get zero; None: none sees it."""
+    seeing = sum(name in (FULL, MAP) for name in branches)
+    if inject_KBWD is None or not seeing:
+        return None
+    return F.pad(inject_KBWD.repeat(1, seeing, 1, 1), (0, 0, 0, 0, 0, (len(branches) - seeing) * inject_KBWD.shape[1]))
 
 
 def mix(logits_GBWV: Tensor, scales: dict[str, float]) -> Tensor:
@@ -48,6 +70,18 @@ def mix(logits_GBWV: Tensor, scales: dict[str, float]) -> Tensor:
     return guided_BWV
 
 
+def bar_implausible(guided_BWV: Tensor, full_BWV: Tensor, plausibility: float) -> Tensor:
+    """-inf for codes whose unguided probability is below `plausibility` times that of the likeliest code.
+
+    Guidance divides probabilities: where two of them are near zero it may make a code that hardly ever occurs the
+    likeliest. The constraint is that of contrastive decoding (Li et al. 2023, arXiv:2210.15097, equation 3).
+    """
+    if not plausibility:
+        return guided_BWV
+    least_BW1 = full_BWV.amax(-1, keepdim=True) + math.log(plausibility)
+    return guided_BWV.masked_fill(full_BWV < least_BW1, float("-inf"))
+
+
 def filter_probs(logits_BWV: Tensor, sampling: Sampling, from_below: bool = False) -> Tensor:
     """p_BWV after temperature, top-k (ties with the k-th survive) and top-p (the code that crosses p survives).
 
@@ -55,7 +89,7 @@ def filter_probs(logits_BWV: Tensor, sampling: Sampling, from_below: bool = Fals
     """
     logits_BWV = at_least_float32(logits_BWV)
     if sampling.temperature == 0:
-        best_BW = logits_BWV.argmax(-1)
+        best_BW = largest(logits_BWV)
         return F.one_hot(best_BW, logits_BWV.shape[-1]).to(logits_BWV.dtype)
     logits_BWV = logits_BWV / sampling.temperature
     if 0 < sampling.top_k < logits_BWV.shape[-1]:
@@ -113,9 +147,8 @@ class Target:
         self._backbone = backbone
         self._by_scale = order_of(backbone) == "scales"
         self._scales = branch_scales(request.guidance, request.inject_KBLD is not None, ramp=self._by_scale)
-        self._condition = Condition.cat([backbone.null(request.condition) if name == NULL else request.condition
-                                         for name in self._scales])
-        inject = request.inject_KBLD if FULL in self._scales else None
+        self._condition = branch_condition(backbone, request.condition, self._scales)
+        inject = request.inject_KBLD
         self._inject_KBND = None if inject is None else F.pad(inject, (0, 0, 0, 1))     # N = L+1, the last row is zero
         self._cache: Any = None
         self._leaves = 0
@@ -163,7 +196,7 @@ class Target:
                                                self._condition.caption_mask_BP, **scratch)
         self.forward_passes = 1
         tokens_BT = slots_RP[:x_RPD.shape[0] // branches, :tokens]
-        inject = self._inject(tokens_BT, branches)
+        inject = self._inject(tokens_BT, self._scales)
         if inject is not None:
             inject = F.pad(inject, (0, 0, length - tokens, 0))
         h_RPD = self._backbone.step(x_RPD, slots_RP, self._cache, inject)
@@ -177,7 +210,7 @@ class Target:
         self._cache.limit(stop)
         x_RWD = self._backbone.embed(latents_BWC.repeat(branches, 1, 1), slots_RW)
         self.forward_passes += 1
-        h_RWD = self._backbone.step(x_RWD, slots_RW, self._cache, self._inject(tokens_BW, branches))
+        h_RWD = self._backbone.step(x_RWD, slots_RW, self._cache, self._inject(tokens_BW, self._scales))
         return self._guided(h_RWD, tokens_BW, self._scales)
 
     def step_logits(self, codes_BW: Tensor, positions_BW: Tensor, reached: int = 0, stop: int | None = None,
@@ -195,33 +228,36 @@ class Target:
             self._cache.limit(min(prefix + stop, prefix + self.request.length))
         x_RWD = self._backbone.embed(codes_BW.repeat(len(scales), 1), at_RW)
         self.forward_passes += 1
-        h_RWD = self._backbone.step(x_RWD, slots_RW, self._cache, self._inject(positions_BW + 1, len(scales)),
+        h_RWD = self._backbone.step(x_RWD, slots_RW, self._cache, self._inject(positions_BW + 1, scales),
                                     **({"at_RW": at_RW} if leaves else {}))
         return self._guided(h_RWD, positions_BW + 1, scales)
 
-    def _inject(self, tokens_BW: Tensor, branches: int) -> Tensor | None:
-        """inject_KRWD for the passes that predict these tokens: the full branch comes first, the others get zero."""
+    def _inject(self, tokens_BW: Tensor, branches: Collection[str]) -> Tensor | None:
+        """inject_KRWD for the passes of these branches that predict these tokens."""
         if self._inject_KBND is None:
             return None
         rows_B1 = torch.arange(tokens_BW.shape[0], device=tokens_BW.device)[:, None]
-        inject_KBWD = self._inject_KBND[:, rows_B1, tokens_BW]
-        return F.pad(inject_KBWD, (0, 0, 0, 0, 0, (branches - 1) * tokens_BW.shape[0]))
+        return branch_inject(self._inject_KBND[:, rows_B1, tokens_BW], branches)
 
     def _guided(self, h_RWD: Tensor, tokens_BW: Tensor, scales: dict[str, float]) -> Tensor:
-        """guided_BWV for the tokens that the passes predict: each gets its share of guidance."""
+        """guided_BWV for the tokens that the passes predict, each with its share of guidance."""
         logits_GBWV = at_least_float32(self._backbone.logits(h_RWD)).unflatten(0, (len(scales), -1))
+        full_BWV = guided_BWV = logits_GBWV[0]
+        if len(scales) > 1:
+            guided_BWV = self._shared(mix(logits_GBWV, scales), full_BWV, tokens_BW)
+        return bar_implausible(guided_BWV, full_BWV, self.request.guidance.plausibility)
+
+    def _shared(self, guided_BWV: Tensor, full_BWV: Tensor, tokens_BW: Tensor) -> Tensor:
+        """full + r (guided - full), r each token's share of guidance."""
         first, stop = self.request.guidance.interval
-        if len(scales) == 1:
-            return logits_GBWV[0]
-        guided_BWV = mix(logits_GBWV, scales)
         if self._by_scale:
-            guided_BWV = logits_GBWV[0].lerp(guided_BWV, self._ramp(tokens_BW).to(guided_BWV.dtype)[..., None])
+            guided_BWV = full_BWV.lerp(guided_BWV, self._ramp(tokens_BW).to(guided_BWV.dtype)[..., None])
         if (first, stop) == (0, None):
             return guided_BWV
         inside_BW = tokens_BW >= first
         if stop is not None:
             inside_BW = inside_BW & (tokens_BW < stop)
-        return torch.where(inside_BW[..., None], guided_BWV, logits_GBWV[0])
+        return torch.where(inside_BW[..., None], guided_BWV, full_BWV)
 
     def _ramp(self, tokens_BW: Tensor) -> Tensor:
         """k / (S - 1) of each token's scale k, float32; 0 where there is one scale."""

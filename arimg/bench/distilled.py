@@ -30,7 +30,7 @@ from arimg.tokenizers.vq import VQSpace
 
 CHANNELS = 8            # of a code vector
 SHAPES: dict[str, dict[str, Any]] = {       # fields of ARConfig; 256 tokens
-    "emoji": {"vocab_size": 4096, "dim": 192, "layers": 6, "heads": 6, "ffn_hidden": 512, "num_classes": 36,
+    "emoji": {"vocab_size": 4096, "dim": 192, "layers": 10, "heads": 6, "ffn_hidden": 512, "num_classes": 36,
               "rope_prefix": "identity", "rope_grid": "true", "codebook_dim": CHANNELS},
     **{f"llamagen-{name}": preset.config() for name, preset in AR_PRESETS.items()},
 }
@@ -67,13 +67,15 @@ class DistilledReport:
     machine: str
     dtype: str
     repeats: int
+    compiled: bool              # the student
     rows: tuple[OnePass, ...]
 
 
 @torch.no_grad()
 def bench_distilled(shapes: Sequence[str], batches: Sequence[int], cfg: float, repeats: int, device: torch.device,
-                    dtype: torch.dtype) -> DistilledReport:
-    """Decode the same requests with a teacher and with its student, in turns. Raises UnknownNameError."""
+                    dtype: torch.dtype, compiled: bool = False) -> DistilledReport:
+    """Decode the same requests with a teacher and with its student, in turns; `compiled`: the student through
+    torch.compile. Raises UnknownNameError."""
     for name in shapes:
         if name not in SHAPES:
             raise UnknownNameError("shape", name, SHAPES)
@@ -81,9 +83,11 @@ def bench_distilled(shapes: Sequence[str], batches: Sequence[int], cfg: float, r
     with tqdm(total=len(shapes) * len(batches) * repeats, unit="turn", file=sys.stderr) as bar:
         for name in shapes:
             teacher, student = networks(name, device, dtype)
+            if compiled:
+                student.compile_pass()
             for batch in batches:
                 rows.append(_measured(name, teacher, student, batch, cfg, repeats, bar.update))
-    return DistilledReport(describe(device), str(dtype).removeprefix("torch."), repeats, tuple(rows))
+    return DistilledReport(describe(device), str(dtype).removeprefix("torch."), repeats, compiled, tuple(rows))
 
 
 def networks(shape: str, device: torch.device, dtype: torch.dtype) -> tuple[ARTransformer, ARStudent]:
@@ -141,7 +145,8 @@ def to_markdown(report: DistilledReport) -> str:
     tables = [operator_table(f"one pass, {row.shape}, batch {row.batch}", row.operators) for row in report.rows]
     return "\n\n".join([
         "# One pass of a student beside plain decoding",
-        f"256 tokens; random weights; {report.repeats} repeats in turns; {report.dtype}; {report.machine}. The limit "
+        f"256 tokens; random weights; {report.repeats} repeats in turns; {report.dtype}; {report.machine}"
+        f"{'; the student compiled' if report.compiled else ''}. The limit "
         "is the pass's FLOPs at the machine's rate of 1024x1024x1024 products. On a busy machine processor time is the "
         "steadier clock.",
         markdown_table(header, rows), *tables])

@@ -14,8 +14,8 @@ from torch import nn
 
 from arimg.bench.machine import ReadClock, describe
 from arimg.bench.original import ARPair, VQPair
-from arimg.bench.side_by_side import (CPU, OURS, THEIRS, Comparison, Phases, Side, compare, dtype_of, precisions,
-                                      quantised_pairs)
+from arimg.bench.side_by_side import (CPU, OURS, THEIRS, Comparison, Phases, Side, compare, compiled_pair, dtype_of,
+                                      precisions, quantised_pairs)
 from arimg.checkpoints import load_component
 from arimg.export import export_component
 
@@ -42,6 +42,11 @@ def quantised_sides(codes: ARPair, pixels: VQPair, name: str,
                     compiled: bool = False) -> dict[str, tuple[ARPair, VQPair]]:
     """Ours with quantised weights, without extras; `compiled`: and through torch.compile."""
     return {side: (pair, pixels) for side, pair in quantised_pairs(codes, name, compiled).items()}
+
+
+def compiled_side(codes: ARPair, pixels: VQPair) -> dict[str, tuple[ARPair, VQPair]]:
+    """Ours through torch.compile, the weights as they are."""
+    return {f"{OURS} compiled": (compiled_pair(codes), pixels)}
 
 
 @torch.no_grad()

@@ -147,10 +147,12 @@ def _loss_difference(pair: ARPair, codes_BL: torch.Tensor, class_ids_B: torch.Te
 def bench_decoding(pair: ARPair, tokens: int, cfg: float, turns: int, formats: Sequence[str] = (),
                    compiled: bool = False) -> Comparison:
     """Plain decoding of one picture of `tokens` tokens; ours also with weights quantised to each of `formats`, and if
-    `compiled` these through torch.compile as well."""
+    `compiled` all of ours through torch.compile as well."""
     pair.eval()
     runs: dict[str, Phases] = {THEIRS: {"codes": lambda: pair.their_codes(7, tokens, cfg)},
                                OURS: {"codes": lambda: pair.our_codes(7, tokens, cfg)}}
+    if compiled:
+        runs[f"{OURS} compiled"] = {"codes": partial(compiled_pair(pair).our_codes, 7, tokens, cfg)}
     for name in formats:
         for side, small in quantised_pairs(pair, name, compiled).items():
             runs[side] = {"codes": partial(small.our_codes, 7, tokens, cfg)}
@@ -174,10 +176,15 @@ def quantised_pairs(pair: ARPair, name: str, compiled: bool) -> dict[str, ARPair
         return cast(ARTransformer, lay_out(quantize(copy.deepcopy(pair.ours), name).to(rest)))
     pairs = {f"{OURS} {name}": replace(pair, ours=small())}
     if compiled:
-        network = small()
-        network.compile_step()
-        pairs[f"{OURS} {name} compiled"] = replace(pair, ours=network)
+        pairs[f"{OURS} {name} compiled"] = compiled_pair(replace(pair, ours=small()))
     return pairs
+
+
+def compiled_pair(pair: ARPair) -> ARPair:
+    """Our side through torch.compile."""
+    network = cast(ARTransformer, lay_out(copy.deepcopy(pair.ours)))
+    network.compile_step()
+    return replace(pair, ours=network)
 
 
 @torch.no_grad()

@@ -110,11 +110,12 @@ def continuous(model: str, draft: str | None, windows: tuple[int, ...], steps: i
 @click.option("--cfg", type=float, default=1.0, show_default=True, help="Guidance scale of the teacher; a student has "
               "it in its weights.")
 @click.option("--repeats", type=click.IntRange(min=1), default=3, show_default=True, help="Of everything, in turns.")
+@click.option("--compile", "compiled", is_flag=True, help="Put the student through torch.compile.")
 @click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda")
 @click.option("--dtype", default="auto", show_default=True, metavar="auto|float32|bfloat16|...")
 @click.option("--json", "json_path", metavar="FILE", help="Write all figures there.")
-def distilled(shapes: tuple[str, ...], batches: tuple[int, ...], cfg: float, repeats: int, device: str, dtype: str,
-              json_path: str | None) -> None:
+def distilled(shapes: tuple[str, ...], batches: tuple[int, ...], cfg: float, repeats: int, compiled: bool, device: str,
+              dtype: str, json_path: str | None) -> None:
     """Compare one pass of a one-step student with plain decoding by its teacher, on random weights, and with the
     machine's limit. Prints a page of Markdown; docs/distilled.md explains it."""
     _check_json(json_path)
@@ -122,7 +123,7 @@ def distilled(shapes: tuple[str, ...], batches: tuple[int, ...], cfg: float, rep
     from arimg.devices import find_device, find_dtype
 
     place = find_device(device)
-    report = bench_distilled(shapes, batches, cfg, repeats, place, find_dtype(dtype, place))
+    report = bench_distilled(shapes, batches, cfg, repeats, place, find_dtype(dtype, place), compiled)
     _write_json(json_path, report)
     click.echo(to_markdown(report))
 

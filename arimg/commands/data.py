@@ -215,10 +215,10 @@ def pairs(model: str, output: str, count: int, seed: int, data: str | None, capt
     number, parts = _part(part)
     teacher = Pipeline.from_pretrained(model, device, dtype)
     own = teacher.settings
-    config = PairsConfig(
-        count, seed, data or "", captions or "", Guidance(_or(cfg, own.cfg), _or(control_cfg, own.control_cfg)),
-        Sampling(_or(temperature, own.temperature), _or(top_k, own.top_k), _or(top_p, own.top_p)), FlowSolver(steps),
-        batch)
+    guidance = Guidance(_or(cfg, own.cfg), _or(control_cfg, own.control_cfg), order=own.guidance_order,
+                        plausibility=own.plausibility)
+    sampling = Sampling(_or(temperature, own.temperature), _or(top_k, own.top_k), _or(top_p, own.top_p))
+    config = PairsConfig(count, seed, data or "", captions or "", guidance, sampling, FlowSolver(steps), batch)
     with tqdm(total=count, desc="pairs", unit="pair", file=sys.stderr) as bar:
         speed = make_pairs(PairMaker(teacher, config), Path(output), number - 1, parts, bar.update)
     click.echo(f"arimg: {speed:.2f} pairs per second", err=True)

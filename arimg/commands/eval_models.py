@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from arimg.commands.eval_common import (check_file, config_option, data_option, extractor_options, given, load_data,
                                         load_extractor, place_options, report_options, sampling_options, show)
@@ -99,6 +100,8 @@ def _originals(pictures: str | None, size: int, measured_size: int | None, data_
 @click.option("--class", "class_name", metavar="NAME|ID", help="With --maps: what to paint [default: no class].")
 @sampling_options
 @click.option("--control-cfg", type=float, metavar="X", help="Guidance scale of the control [default: the model's].")
+@click.option("--guidance-order", metavar="class-first|control-first", help="[default: the model's].")
+@click.option("--plausibility", type=float, metavar="A", help="As in arimg sample [default: the model's].")
 @click.option("--control-scale", type=float, metavar="X", help="Strength of the control [default: 1].")
 @batch_option
 @place_options
@@ -117,6 +120,10 @@ def control(model: str, kind: str, assignments: tuple[str, ...], count: int, swe
     if maps is not None and (sweep or halves or styles or pictures or assignments):
         raise click.UsageError("--sweep, --halves, --styles, --pictures and -O go with pictures; leave them or --maps "
                                "out")
+    typed = click.get_current_context().get_parameter_source
+    if maps is not None and {typed("extractor_name"), typed("inception")} != {ParameterSource.DEFAULT}:
+        raise click.UsageError("--extractor and --inception go with pictures: along --maps only edges are compared; "
+                               "leave them or --maps out")
     if pictures is not None and styles:
         raise click.UsageError("--styles goes with the emoji data set; leave it or --pictures out")
     from arimg.checkpoints import find_model
@@ -187,7 +194,7 @@ def imagenet(model: str, number: int, classes: str, reference: str | None, size:
     from arimg.checkpoints import find_model
     from arimg.evals.imagenet import Plan, Sampler, measured_size
     from arimg.evals.processes import all_processes
-    from arimg.evals.references import check_generation_reference
+    from arimg.evals.references import check_fits, check_generation_reference
     from arimg.evals.report import weight_hashes
     from arimg.pipeline import Pipeline
 
@@ -199,6 +206,8 @@ def imagenet(model: str, number: int, classes: str, reference: str | None, size:
         measured = (size, size) if size else measured_size(pipe.settings.size)
         sampler = Sampler(pipe, given(options), Plan(number, seed, classes, measured, shard, batch))
         extractor = load_extractor(extractor_name, inception, pipe.device)
+        if reference is not None:
+            check_fits(Path(reference), extractor, measured)
         origin = {"model": model, "weights_sha256": weight_hashes(folder)}
         _sample_and_measure(sampler, extractor, processes, origin, reference, rounds, work, save_npz, json_path)
 

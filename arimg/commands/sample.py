@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from arimg.accel.base import StepInfo
     from arimg.pipeline import Pipeline, PipelineOutput
 
-_MODEL_DEFAULTS = ("decoder", "cfg", "control_cfg", "temperature", "top_k", "top_p", "size")
+_MODEL_DEFAULTS = ("decoder", "cfg", "control_cfg", "guidance_order", "plausibility", "temperature",
+                   "top_k", "top_p", "size")
 
 
 @click.command("sample", epilog="\b\nExample: arimg sample --control examples/canny.png --class fluent/animals "
@@ -32,6 +33,8 @@ _MODEL_DEFAULTS = ("decoder", "cfg", "control_cfg", "temperature", "top_k", "top
               "begins [default: 0].")
 @click.option("--control-end", multiple=True, type=float, help="Where it ends [default: 1].")
 @click.option("--control-cfg", type=float, metavar="X", help="Guidance scale of the control alone [default: --cfg].")
+@click.option("--guidance-order", metavar="class-first|control-first", help="Whether --cfg compares the class with "
+              "any, or the class along the control with any along it [default: the model's].")
 @click.option("--resize", default="pad", show_default=True, metavar="pad|crop|stretch",
               help="How a control image of another shape is fitted.")
 @click.option("--model", default="emoji", show_default=True, help="An embedded model, a pipeline folder or a hub id.")
@@ -49,6 +52,8 @@ _MODEL_DEFAULTS = ("decoder", "cfg", "control_cfg", "temperature", "top_k", "top
 @click.option("--cfg", type=float, metavar="X", help="Guidance scale; 1 is none [default: the model's].")
 @click.option("--cfg-interval", type=INTERVAL, default="0:", metavar="A:B", help="Token positions A to B-1 are guided; "
               "no B = to the end [default: all].")
+@click.option("--plausibility", type=float, metavar="A", help="Bar codes that the model, unguided, finds less likely "
+              "than A times the best one; 0 bars none [default: the model's].")
 @click.option("--temperature", type=float, help="0 = always the most likely token [default: the model's].")
 @click.option("--top-k", type=int, help="Only the k most likely tokens; 0 = all [default: the model's].")
 @click.option("--top-p", type=float, help="Only the most likely tokens that hold p; 1 = all [default: the model's].")

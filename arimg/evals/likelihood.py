@@ -22,7 +22,7 @@ from arimg.evals.held_out import HeldOut, bar
 from arimg.evals.report import Report, versions
 from arimg.pipeline import Pipeline
 
-LAW = {"cfg": 1.0, "control_cfg": 1.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+LAW = {"cfg": 1.0, "control_cfg": 1.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "plausibility": 0.0}
 
 
 def evaluate_nll(full: Pipeline, forms: Mapping[str, Pipeline], data: HeldOut, kind: str | None, batch: int, seed: int,

@@ -107,7 +107,7 @@ def figures(pictures: PictureSet, law: Law, seed: int = 0, rounds: int = FRECHET
     return {metric_name(name, pictures.extractor): value for name, value in found.items()}
 
 
-def check_alike(pictures: PictureSet, reference: PictureSet | Law) -> None:
+def check_alike(pictures: PictureSet | Law, reference: PictureSet | Law) -> None:
     """Raises InputError when extractors or sizes differ."""
     for what, ours, theirs in (("features", pictures.extractor, reference.extractor),
                                ("sizes", pictures.size, reference.size)):

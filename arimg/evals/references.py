@@ -9,6 +9,7 @@ instead of 2.19 (LlamaGen#34) and FID 3.68 instead of 2.62 (LlamaGen#53); both m
 from __future__ import annotations
 
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from arimg.errors import InputError
 from arimg.evals.adm_npz import open_npz
 from arimg.evals.extractors import BATCH, AdmInception, Extractor
 from arimg.evals.frechet import Gaussian, Moments
-from arimg.evals.picture_sets import Bar, Law, PictureSet, load_npz, load_pictures, picture_files
+from arimg.evals.picture_sets import Bar, Law, PictureSet, check_alike, load_npz, load_pictures, picture_files
 from arimg.images import load_image, replacing
 
 VIRTUAL = "VIRTUAL_imagenet256_labeled.npz"
@@ -43,6 +44,13 @@ def check_generation_reference(path: Path) -> None:
                          "arimg eval reference")
 
 
+def check_fits(path: Path, extractor: Extractor, size: tuple[int, int]) -> None:
+    """Raises InputError when samples of this size, seen by this extractor, do not compare with the statistics: known
+    before the first is painted."""
+    law = read_moments(path)
+    check_alike(replace(law, extractor=extractor.name, size=size, source="samples"), law)
+
+
 def generation_reference(path: Path, extractor: Extractor, bar: Bar = iter) -> Law:
     """The statistics of a training set. Raises InputError, also on the reference of reconstructions."""
     check_generation_reference(path)
@@ -59,7 +67,15 @@ def reconstruction_reference(path: Path, extractor: Extractor, bar: Bar = iter) 
 
 
 def load_moments(path: Path, extractor: Extractor, bar: Bar = iter) -> Law:
-    """`mu` and `sigma`, and as far as they are there `mu_s` and `sigma_s`, and the features of the pictures `arr_0`.
+    """`read_moments`, and the features of the pictures `arr_0`, if the moments are of the same extractor's."""
+    file, law = open_npz(path), read_moments(path)
+    if law.extractor != extractor.name or file.shape is None:
+        return law
+    return replace(law, pool_MC=load_npz(file, extractor, bar).features.pool_NC)
+
+
+def read_moments(path: Path) -> Law:
+    """`mu` and `sigma`, and as far as they are there `mu_s` and `sigma_s`, without pictures.
 
     A file that names no extractor is taken to be made with Inception. Raises InputError.
     """
@@ -73,10 +89,8 @@ def load_moments(path: Path, extractor: Extractor, bar: Bar = iter) -> Law:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{path}: cannot be read as statistics ({error}); fetch or write it again") from None
-    if made_with != extractor.name or file.shape is None:
-        return Law(pool, spatial, None, made_with, str(path), None)
-    pictures = load_npz(file, extractor, bar)
-    return Law(pool, spatial, pictures.features.pool_NC, made_with, str(path), pictures.size)
+    size = None if file.shape is None else (file.shape[1], file.shape[2])
+    return Law(pool, spatial, None, made_with, str(path), size)
 
 
 def _gaussian(path: Path, mean_C: np.ndarray, covariance_CC: np.ndarray) -> Gaussian:

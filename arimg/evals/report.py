@@ -96,7 +96,7 @@ def versions() -> dict[str, str]:
 
 def settled_options(pipe: Any, options: Mapping[str, Any]) -> dict[str, Any]:
     """The options of a pipeline's calls, the model's defaults, precision and kind of device included."""
-    names = ("decoder", "cfg", "control_cfg", "temperature", "top_k", "top_p")
+    names = ("decoder", "cfg", "control_cfg", "guidance_order", "plausibility", "temperature", "top_k", "top_p")
     defaults = {name: getattr(pipe.settings, name) for name in names}
     return {**defaults, "painted_size": list(pipe.settings.size), **options,
             "dtype": str(pipe.dtype).removeprefix("torch."), "device": pipe.device.type}

@@ -7,7 +7,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import count
 from math import isqrt
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -103,6 +105,17 @@ def _unchecked() -> dict[str, Any]:
     return options
 
 
+def _with_own_code(method: Any) -> Any:
+    """The same bound method with a code object that no other has: torch.compile keeps its graphs by code object, and
+    what it no longer looks at would let one network run the graph of another, with its quantised weights."""
+    function = method.__func__
+    code = function.__code__.replace(co_name=f"{function.__name__}_{next(_COPIES)}")
+    return MethodType(FunctionType(code, function.__globals__, closure=function.__closure__), method.__self__)
+
+
+_COPIES = count()
+
+
 class ClassEmbedding(nn.Module):
     """One prefix slot per class id; with class_dropout > 0 one more row, the null class."""
 
@@ -187,6 +200,7 @@ class ARTransformer(nn.Module):
         self.checkpoint_blocks = False      # compute blocks again in the backward pass instead of keeping them
         self.extent_step = EXTENT_STEP
         self._compiled: Callable[[Tensor, Window, Tensor | None], Tensor] | None = None
+        self._compiled_blocks = self._compiled
         self.vocab_size = config.vocab_size
         self.prefix_length = config.prefix_length
         self.inject_points = len(config.inject_layers)
@@ -284,18 +298,22 @@ class ARTransformer(nn.Module):
     def features(self, x_RWD: Tensor, slots_RW: Tensor, cache: Cache | SequenceCache,
                  inject_KRWD: Tensor | None = None) -> Tensor:
         """h_RWD after the last layer, before the final norm; else as `step`."""
-        return self._blocks(x_RWD, cache.open(slots_RW), inject_KRWD)
+        blocks = self._blocks if self._compiled_blocks is None else self._compiled_blocks
+        return blocks(x_RWD, cache.open(slots_RW), inject_KRWD)
 
     def compile_step(self, **options: Any) -> None:
-        """Compile the layers of `step` with torch.compile(fullgraph=True, **options): one graph per number of rows and
-        positions, for any number of slots on a CPU and for the whole cache elsewhere. The first pass of each shape
-        takes long. The network's settings and layers must not change afterwards: nothing looks whether they did."""
+        """Compile the layers of `step` and `features` with torch.compile(fullgraph=True, **options): one graph per
+        number of rows and positions, for any number of slots on a CPU and for the whole cache elsewhere. The first pass
+        of each shape takes long. The network's settings and layers must not change afterwards: nothing looks whether
+        they did."""
         if self.norm.weight.device.type != "cpu":
             self.extent_step = sys.maxsize
         elif self.attention_backend == "sdpa":
             self.attention_backend = "math"     # whose parts it fuses; sdpa there costs twice as much for few queries
         options = options or {"options": _unchecked()}
-        self._compiled = torch.compile(self._layers, fullgraph=True, dynamic=False, **options)
+        self._compiled, self._compiled_blocks = (
+            torch.compile(_with_own_code(part), fullgraph=True, dynamic=False, **options)
+            for part in (self._layers, self._blocks))
 
     def _layers(self, x_RWD: Tensor, window: Window, inject_KRWD: Tensor | None) -> Tensor:
         return self.norm(self._blocks(x_RWD, window, inject_KRWD))

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -104,6 +104,12 @@ class ARStudent(nn.Module):
         student.to(teacher.norm.weight)
         student.backbone.copy_from(teacher)
         return student
+
+    def compile_pass(self, **options: Any) -> None:
+        """Compile the layers, see ARTransformer.compile_step."""
+        backend = self.backbone.attention_backend
+        self.backbone.compile_step(**options)
+        self.backbone.attention_backend = backend       # "math" is for passes of few positions
 
     def forward(self, latents_BLC: Tensor, clean_B: Tensor, condition: Condition, grid: tuple[int, int],
                 inject_KBLD: Tensor | None = None) -> StudentOutput:

@@ -21,6 +21,7 @@ from arimg.accel.windows import BUCKETS
 from arimg.inference import lay_out
 from arimg.models.ar import ARTransformer
 from arimg.models.base import Condition
+from arimg.models.students import ARStudent
 from arimg.noise import philox
 from arimg.quantize import quantize
 from tests.models.toy import toy_classes, toy_inject, toy_model
@@ -61,6 +62,30 @@ def test_packed_weights_compile(weights: str) -> None:
     plain = decode(model, PlainAR(), guidance=Guidance(cfg=2.0))
     model.compile_step(backend="aot_eager")
     assert torch.equal(decode(model, PlainAR(), guidance=Guidance(cfg=2.0)), plain)
+
+
+def test_two_compiled_networks_keep_their_own_weights() -> None:
+    """Packed weights are numbers in the graph, and the guards that would tell networks apart are off, as by default."""
+    unchecked = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
+    networks = [lay_out(quantize(toy_model(seed=seed), "int8")) for seed in (0, 1, 2)]
+    plain = [decode(network, PlainAR()) for network in networks]
+    for network in networks:
+        network.compile_step(backend="eager", options=unchecked)
+    for network, codes in zip(networks, plain):
+        assert torch.equal(decode(network, PlainAR()), codes)
+    assert not torch.equal(plain[0], plain[1]) and not torch.equal(plain[0], plain[2])
+
+
+def test_one_graph_for_a_students_pass() -> None:
+    student, counter = ARStudent.from_teacher(toy_model(), 8), CompileCounter()
+    inputs = torch.randn(2, 16, 8), torch.zeros(2, dtype=torch.int64), toy_classes(2), (4, 4)
+    with torch.no_grad():
+        plain = student.features(*inputs)
+        student.compile_pass(backend=counter)
+        torch.testing.assert_close(student.features(*inputs), plain)
+        assert counter.frame_count == 1
+        student.features(*inputs)
+    assert counter.frame_count == 1, "a second picture compiles nothing"
 
 
 def test_laws_and_draws_compile_whole() -> None:

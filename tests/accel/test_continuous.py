@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from arimg.accel.base import Sampling
+from arimg.accel.base import Guidance, Sampling
 from arimg.accel.continuous import Cspd, JacobiContinuous, SpeculativeRun
 from arimg.accel.masked import ArContinuous, Masked
 from arimg.accel.plan import branches_of
@@ -104,6 +104,21 @@ def test_guidance_of_control_alone_and_of_the_class_alone() -> None:
                          for one in (toy_request(2, True, cfg=1.0, control_cfg=0.0), toy_request(2)))
         variance_differs = (without - bare).abs().max()     # without control there is no other variance either
         assert variance_differs < 1e-9
+
+
+@pytest.mark.parametrize("name", ["masked", "ar-continuous"])
+def test_control_first_compares_with_the_control_alone(name: str) -> None:
+    """cfg 0 in this order is the law of the control without a class."""
+    decoder, network = type(DECODERS[name][0])(ramp="constant"), DECODERS[name][1]
+    request = toy_request(2, True)
+    alone = replace(request, guidance=Guidance(0.0, 1.0, order="control-first"))
+    no_class = replace(request, condition=network.null(request.condition))
+    found, expected = (decoder.decode(Target(network, one), one).latents_BLC for one in (alone, no_class))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
+    both = replace(request, guidance=Guidance(3.0, 1.5, order="control-first"))
+    other = replace(request, guidance=Guidance(3.0, 1.5))
+    results = [decoder.decode(Target(network, one), one).latents_BLC for one in (both, other, request)]
+    assert all((a - b).abs().max() > 1e-3 for a, b in zip(results, results[1:]))
 
 
 @pytest.mark.parametrize("options", [{"cfg": 0.0}, {"cfg": 3.0, "control_cfg": 0.0}, {"cfg": 0.0, "control_cfg": 2.0}])
@@ -209,6 +224,7 @@ def test_steps_are_reported() -> None:
     (Masked(), toy_mar(), {"steps": 0}, "--steps 0"),
     (ArContinuous(), toy_causal(), {"steps": 3}, "--steps 3"),
     (Masked(), toy_mar(), {"sampling": Sampling(top_k=3)}, "top-k 3"),
+    (Masked(), toy_mar(), {"guidance": Guidance(plausibility=0.1)}, "plausibility 0.1"),
     (Masked(), toy_mar(), {"forced_BL": torch.zeros(1)}, "continuous"),
     (Masked(), toy_mar(), {"forced_BLC": torch.zeros(3, 2, 4)}, "(3, 2, 4)"),
     (Cspd(), toy_mar(), {}, "Cspd(draft)"),

@@ -21,6 +21,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {},
     "guided": {"guidance": Guidance(cfg=3.0)},
     "control-guided": {"guidance": Guidance(cfg=3.0, control_cfg=2.0)},
+    "control-first": {"guidance": Guidance(cfg=3.0, control_cfg=2.0, order="control-first")},
     "interval": {"guidance": Guidance(cfg=3.0, interval=(2, 9))},
     "filtered": {"guidance": Guidance(cfg=2.0), "sampling": Sampling(temperature=0.9, top_k=20, top_p=0.9)},
 }

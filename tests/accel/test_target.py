@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -56,6 +57,11 @@ class Recorder:
     (Guidance(cfg=1.0, control_cfg=0.0), True, ["class"]),
     (Guidance(cfg=0.0), True, ["null"]),
     (Guidance(cfg=1.0, interval=(2, None)), True, ["full"]),
+    (Guidance(cfg=3.0, control_cfg=2.0, order="control-first"), True, ["full", "map", "null"]),
+    (Guidance(cfg=3.0, control_cfg=2.0, order="control-first"), False, ["full", "null"]),
+    (Guidance(cfg=3.0, control_cfg=1.0, order="control-first"), True, ["full", "map"]),
+    (Guidance(cfg=0.0, control_cfg=2.0, order="control-first"), True, ["map", "null"]),
+    (Guidance(cfg=0.0, control_cfg=1.0, order="control-first"), True, ["map"]),
 ])
 def test_branches_of_weight_zero_are_not_computed(guidance: Guidance, controlled: bool, branches: list[str]) -> None:
     assert list(branch_scales(guidance, controlled)) == branches
@@ -68,15 +74,35 @@ def test_branches_of_weight_zero_are_not_computed(guidance: Guidance, controlled
 
 @pytest.mark.parametrize("cfg", [0.0, 0.5, 1.0, 3.0])
 @pytest.mark.parametrize("control_cfg", [None, 0.0, 1.0, 3.0, 4.0])
-def test_three_branch_formula(cfg: float, control_cfg: float | None) -> None:
+@pytest.mark.parametrize("order", ["class-first", "control-first"])
+def test_three_branch_formula(order: str, cfg: float, control_cfg: float | None) -> None:
     model, codes, inject = toy_model().double(), toy_codes(2), toy_inject(2).double()
+    nothing = model.null(toy_classes(2))
     full = model(codes, toy_classes(2), GRID, inject)
-    plain = model(codes, toy_classes(2), GRID)
-    null = model(codes, model.null(toy_classes(2)), GRID)
-    w_full = cfg if control_cfg is None else control_cfg
-    expected = w_full * full + (cfg - w_full) * plain + (1 - cfg) * null
-    got = guided(model, codes, inject_KBLD=inject, guidance=Guidance(cfg, control_cfg))
+    null = model(codes, nothing, GRID)
+    control = cfg if control_cfg is None else control_cfg
+    if order == "class-first":
+        plain = model(codes, toy_classes(2), GRID)
+        expected = null + cfg * (plain - null) + control * (full - plain)
+    else:
+        lines = model(codes, nothing, GRID, inject)
+        expected = null + control * (lines - null) + cfg * (full - lines)
+    got = guided(model, codes, inject_KBLD=inject, guidance=Guidance(cfg, control_cfg, order=order))
     torch.testing.assert_close(got, expected.detach())
+
+
+@pytest.mark.parametrize("guidance", [Guidance(), Guidance(4.0), Guidance(4.0, 2.0, (3, 9), "control-first"),
+                                      Guidance(0.0, 0.0)])
+def test_implausible_codes_are_barred_by_the_unguided_law(guidance: Guidance) -> None:
+    model, codes, inject = toy_model().double(), toy_codes(2), toy_inject(2).double()
+    full_BLV = model(codes, toy_classes(2), GRID, inject).softmax(-1).detach()
+    free = guided(model, codes, inject_KBLD=inject, guidance=guidance)
+    for share in (0.3, 1.0):
+        got = guided(model, codes, inject_KBLD=inject, guidance=replace(guidance, plausibility=share))
+        plausible_BLV = full_BLV >= share * full_BLV.amax(-1, keepdim=True) * (1 - 1e-12)
+        assert torch.equal(got.isfinite(), plausible_BLV)
+        torch.testing.assert_close(got[plausible_BLV], free[plausible_BLV])
+        assert plausible_BLV.sum(-1).min() >= 1 and not plausible_BLV.all()
 
 
 def test_caption_guidance_keeps_the_prompts_mask_in_the_null_half() -> None:

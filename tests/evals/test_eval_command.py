@@ -227,6 +227,7 @@ def test_the_real_extractors(extractor_class: type[EffnetLite0Pooled], channels:
     (("control", *STATED, "-n", "4", "--cfg", "-1"), "--cfg -1.0"),
     (("control", *STATED, "--class", "a/x"), "--class goes with --maps"),
     (("control", *STATED, "--maps", "PICTURES", "--sweep"), "go with pictures; leave them or --maps out"),
+    (("control", *STATED, "--maps", "PICTURES", "--extractor", "toy"), "--extractor and --inception go with pictures"),
     (("control", *STATED, "--maps", "PICTURES", "-O", "low=1"), "go with pictures; leave them or --maps out"),
     (("control", *STATED, "--maps", "PICTURES", "-n", "0"), "0 is not in the range x>=1"),
     (("control", *STATED, "--pictures", "PICTURES", "--styles"), "--styles goes with the emoji data set"),

@@ -262,6 +262,8 @@ def test_mistakes(model: str, arguments: tuple[str, ...], message: str) -> None:
     virtual_file(Path("large.npz"), 32)
     result = imagenet("--model", model, "--num", "6", *arguments, code=2)
     assert message in result.stderr and result.stderr.count("arimg: error: ") == 1
+    if "do not compare" in message or "have sizes" in message:
+        assert not list(Path("home").glob("evals/*/*")), "known before the first sample is painted"
 
 
 def test_a_training_reference_is_refused_for_reconstructions() -> None:

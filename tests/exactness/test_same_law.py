@@ -29,6 +29,8 @@ SETTINGS = {
     "guided": Case(3, (2, 2), guidance=Guidance(3.0)),
     "controlled": Case(3, (2, 2), controlled=True),
     "three branches": Case(3, (2, 2), controlled=True, guidance=Guidance(2.0, 3.0)),
+    "control first": Case(3, (2, 2), controlled=True, guidance=Guidance(2.0, 3.0, order="control-first")),
+    "plausible": Case(4, (2, 2), controlled=True, guidance=Guidance(3.0, 2.0, (1, None), "control-first", 0.4)),
     "early interval": Case(3, (2, 2), controlled=True, guidance=Guidance(2.0, 3.0, (1, 3))),
     "late interval": Case(3, (1, 4), guidance=Guidance(3.0, interval=(2, None))),
     "top-k": Case(4, (2, 2), sampling=Sampling(0.8, 2)),

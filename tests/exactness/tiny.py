@@ -150,9 +150,17 @@ class Case:
             full_V = plain_V + self.strength_BL[image, token] * self.net.control_LPV[token, row]
         w_full = guidance.cfg if guidance.control_cfg is None or not self.controlled else guidance.control_cfg
         first, stop = guidance.interval
+        guided_V = full_V
         if first <= token < (self.length if stop is None else stop):
-            full_V = w_full * full_V + (guidance.cfg - w_full) * plain_V + (1 - guidance.cfg) * null_V
-        return _filtered(full_V, self.sampling)
+            if guidance.order == "class-first":
+                guided_V = w_full * full_V + (guidance.cfg - w_full) * plain_V + (1 - guidance.cfg) * null_V
+            else:
+                map_V = null_V + full_V - plain_V
+                guided_V = guidance.cfg * full_V + (w_full - guidance.cfg) * map_V + (1 - w_full) * null_V
+        if guidance.plausibility:
+            unlikely_V = full_V.softmax(0) < guidance.plausibility * full_V.softmax(0).max()
+            guided_V = guided_V.masked_fill(unlikely_V, float("-inf"))
+        return _filtered(guided_V, self.sampling)
 
     def pieces(self, codes: tuple[int, ...]) -> list[tuple[float, float]]:
         """For each code of the first image, given those before it: its piece of the cumulated law."""

@@ -28,7 +28,9 @@ from arimg.tokenizers.kl import KLConfig, KLTokenizer
 from arimg.tokenizers.multiscale import MultiscaleConfig, MultiscaleTokenizer
 from arimg.tokenizers.vq import VQConfig, VQTokenizer
 from arimg.train.pairs import PairMaker, PairsConfig, make_pairs
+from tests.toy import toy_text_encoder
 from tests.train.toy_emoji import write_toy_emoji
+from tests.train.toy_sources import write_folder
 
 STEPS, EVERY = 12, 3
 PATIENCE = 900      # seconds that any wait may take on a busy machine
@@ -48,6 +50,15 @@ tokenizer: HOME/vq
 data: {batch_size: 2}
 model: {vocab_size: 16, dim: 16, layers: 2, heads: 2, ffn_hidden: 32, block_size: 64, num_classes: 2,
         rope_prefix: identity, rope_grid: 'true', inject_layers: [0, 1], codebook_dim: 4}       # with its dropout
+"""
+_TEXT = """
+objective: ar
+tokenizer: HOME/vq
+text_encoder: HOME/t5
+short_captions: 0.5
+data: {source: folder, folder: HOME/pictures, validation: HOME/pictures, batch_size: 2, crop: {kind: center, size: 32}}
+model: {vocab_size: 16, dim: 16, layers: 2, heads: 2, ffn_hidden: 32, block_size: 64, conditioning: text,
+        caption_dim: 12, caption_length: 6, rope_prefix: identity, rope_grid: 'true', codebook_dim: 4}
 """
 _VAR = """
 tokenizer: HOME/multiscale
@@ -74,6 +85,7 @@ RECIPES = {     # name: what its YAML file says besides the above; every registe
     "tokenizer": _TOKENIZER,
     "adversary": f"{_TOKENIZER}loss: {{l1: 1.0, l2: 1.0, perceptual: 0.0, adversarial: 0.5, start_step: 2}}\n",
     "ar": f"objective: ar\n{_AR}",
+    "text": _TEXT,
     "control": f"objective: control\n{_AR}{_CONTROL}, patch: 4, stride: 4}}\n",
     "var": f"objective: var\n{_VAR}",
     "var-control": f"objective: var-control\n{_VAR}{_CONTROL}, patch: 8, stride: 8}}\n",
@@ -98,6 +110,10 @@ _PROCESSES.set_forkserver_preload([
 def write_home(root: Path) -> Path:
     """A data set, tokenizers and the recipes, as $ARIMG_HOME of the runs below."""
     write_toy_emoji(root / "data" / "emoji-128", size=32)
+    write_folder(root / "pictures")
+    text = toy_text_encoder(12)
+    text.model.save_pretrained(root / "t5")
+    text.tokenizer.save_pretrained(root / "t5")
     convolutions: dict[str, Any] = {"base_channels": 32, "res_blocks": 1}
     with torch.random.fork_rng():
         torch.manual_seed(0)

@@ -1,8 +1,8 @@
 """Ancestral sampling of the head, step by step. The second half of guided rows means nothing and is not compared.
 
-pred_x0 = (x_t - sqrt(1 - alpha_bar) eps) / sqrt(alpha_bar), and 1 / sqrt(alpha_bar) is 2e4 at t = 999: there the
-original itself, in float32, gives values up to 0.03 apart on processors of two makers, where the fixture's rule allows
-0.001.
+pred_x0 = (x_t - sqrt(1 - alpha_bar) eps) / sqrt(alpha_bar), and 1 / sqrt(alpha_bar) is 2e4 at t = 999. There the
+recorded values, made in float32, are up to 0.03 off the same network in float64, where the fixture's rule allows 0.001:
+no computation meets it but one that rounds as that processor did.
 """
 
 from __future__ import annotations
