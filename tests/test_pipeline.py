@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -198,6 +199,24 @@ def test_control_guidance_is_a_third_branch(pipe: Pipeline) -> None:
     null = first_logits(pipe, cfg=1.0)
     assert torch.allclose(logits[1.0], alone + 2.0 * (full - alone), atol=1e-9)
     assert torch.allclose(logits[3.0], null + 3.0 * (alone - null) + 2.0 * (full - alone), atol=1e-9)
+
+
+def test_control_first_compares_the_class_along_the_control(pipe: Pipeline) -> None:
+    scales = {"cfg": 3.0, "control_cfg": 2.0}
+    got = first_logits(pipe, control=MAP, class_name="dog", guidance_order="control-first", **scales)
+    full, lines, null = (first_logits(pipe, cfg=1.0, **given) for given in (
+        {"control": MAP, "class_name": "dog"}, {"control": MAP}, {}))
+    assert torch.allclose(got, null + 2.0 * (lines - null) + 3.0 * (full - lines), atol=1e-9)
+
+
+def test_order_and_plausibility_of_guidance_are_the_models_own() -> None:
+    own = toy_pipeline(torch.float64)
+    own.settings = replace(own.settings, guidance_order="control-first", plausibility=0.5)
+    call = {"control": MAP, "class_name": "dog", "cfg": 3.0, "control_cfg": 2.0}
+    plain = toy_pipeline(torch.float64)
+    assert codes(own, **call) == codes(plain, **call, guidance_order="control-first", plausibility=0.5)
+    assert codes(own, **call) != codes(plain, **call)
+    assert codes(own, **call, guidance_order="class-first", plausibility=0.0) == codes(plain, **call)
 
 
 def test_guidance_interval(pipe: Pipeline) -> None:

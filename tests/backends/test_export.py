@@ -67,7 +67,8 @@ def test_every_decoder_draws_the_codes_that_torch_draws(twins: Twins, decoder: s
 
 
 @pytest.mark.parametrize("options", [
-    {"control_cfg": 3.0, "cfg": 1.5}, {"cfg": 3.0, "cfg_interval": (2, 9)}, {"cfg": 1.0, "top_k": 5}])
+    {"control_cfg": 3.0, "cfg": 1.5}, {"control_cfg": 3.0, "cfg": 2.0, "guidance_order": "control-first"},
+    {"cfg": 3.0, "cfg_interval": (2, 9)}, {"cfg": 1.0, "top_k": 5}, {"cfg": 3.0, "plausibility": 0.2}])
 def test_guidance_branches_lie_in_rows(twins: Twins, options: dict[str, Any]) -> None:
     """Three branches, passes with fewer rows than the cache, and one row."""
     ours, theirs = twins
