@@ -129,8 +129,9 @@ class TestFrom:
     def test_the_models_defaults_are_written_out(self, model: str) -> None:
         arimg("sample", "--model", model, "-o", "x.png")
         assert options_of("x.png") == {
-            "cfg": 2.0, "cfg_interval": "0:", "decoder": "ar", "dtype": options_of("x.png")["dtype"], "model": model,
-            "n": 1, "resize": "pad", "seed": 0, "size": "16x16", "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+            "cfg": 2.0, "cfg_interval": "0:", "decoder": "ar", "dtype": options_of("x.png")["dtype"],
+            "guidance_order": "class-first", "model": model, "n": 1, "plausibility": 0.0, "resize": "pad", "seed": 0,
+            "size": "16x16", "temperature": 1.0, "top_k": 0, "top_p": 1.0}
 
 
 def test_size(model: str) -> None:
