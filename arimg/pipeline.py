@@ -204,7 +204,7 @@ class Pipeline:
 
     def _request(self, call: CallOptions) -> tuple[DecodeRequest, list[ControlMap]]:
         """What is to be decoded, and the control maps it was made from."""
-        guidance = Guidance(call.cfg, call.control_cfg, call.cfg_interval, call.guidance_order, call.plausibility)
+        guidance = _guidance(call)
         sampling = Sampling(call.temperature, call.top_k, call.top_p)
         size, space = self._size(call), self.tokenizer.space()
         grid = (size[0] // self.tokenizer.stride, size[1] // self.tokenizer.stride)
@@ -304,6 +304,17 @@ class Pipeline:
                 ours(info)
             theirs(self, info.forward_pass - 1, info.fixed_tokens, {"codes": info.codes_BL})
         return both
+
+
+def _guidance(call: CallOptions) -> Guidance:
+    """That of a call. Without a class or caption the branches with and without one are the same, so only the control is
+    guided, in two branches."""
+    guidance = Guidance(call.cfg, call.control_cfg, call.cfg_interval, call.guidance_order, call.plausibility)
+    if any(given is not None for given in (call.class_name, call.class_id, call.prompt, call.prompt_embeds)):
+        return guidance
+    if call.control is None and call.control_from is None:
+        return replace(guidance, cfg=1.0, control_cfg=None)
+    return replace(guidance, cfg=call.cfg if call.control_cfg is None else call.control_cfg, control_cfg=None)
 
 
 def promise(decoder: Any, transformer: Any) -> Guarantee:

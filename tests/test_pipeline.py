@@ -14,8 +14,8 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from arimg import Pipeline
-from arimg.accel.base import StepInfo
-from arimg.accel.target import Target
+from arimg.accel.base import GUIDANCE_ORDERS, StepInfo
+from arimg.accel.target import Target, branch_scales
 from arimg.call import DIFFUSERS_NAMES, call_options
 from arimg.control.adapter import ControlConfig
 from arimg.errors import ArimgError, CheckpointError, InputError, UnknownNameError
@@ -207,6 +207,16 @@ def test_control_first_compares_the_class_along_the_control(pipe: Pipeline) -> N
     full, lines, null = (first_logits(pipe, cfg=1.0, **given) for given in (
         {"control": MAP, "class_name": "dog"}, {"control": MAP}, {}))
     assert torch.allclose(got, null + 2.0 * (lines - null) + 3.0 * (full - lines), atol=1e-9)
+
+
+def test_without_a_class_only_the_control_is_guided(pipe: Pipeline) -> None:
+    lines, null = (first_logits(pipe, cfg=1.0, **given) for given in ({"control": MAP}, {}))
+    for order in GUIDANCE_ORDERS:
+        got = first_logits(pipe, control=MAP, guidance_order=order, cfg=3.0, control_cfg=2.0)
+        assert torch.allclose(got, null + 2.0 * (lines - null), atol=1e-9)
+        request, _ = pipe._request(call_options({"control": MAP, "cfg": 3.0, "control_cfg": 2.0}, pipe.settings))
+        assert list(branch_scales(request.guidance, True)) == ["full", "null"]
+    assert torch.equal(first_logits(pipe, cfg=3.0), null)
 
 
 def test_order_and_plausibility_of_guidance_are_the_models_own() -> None:
