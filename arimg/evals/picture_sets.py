@@ -111,7 +111,7 @@ def check_alike(pictures: PictureSet | Law, reference: PictureSet | Law) -> None
     """Raises InputError when extractors or sizes differ."""
     for what, ours, theirs in (("features", pictures.extractor, reference.extractor),
                                ("sizes", pictures.size, reference.size)):
-        if theirs is not None and ours != theirs:
+        if ours is not None and theirs is not None and ours != theirs:
             shown = [one if isinstance(one, str) else f"{one[0]}x{one[1]}" for one in (ours, theirs)]
             raise InputError(f"{pictures.source} and {reference.source} have {what} {shown[0]} and {shown[1]}, which "
                              "do not compare; make both alike")

@@ -200,7 +200,7 @@ class ARTransformer(nn.Module):
         self.checkpoint_blocks = False      # compute blocks again in the backward pass instead of keeping them
         self.extent_step = EXTENT_STEP
         self._compiled: Callable[[Tensor, Window, Tensor | None], Tensor] | None = None
-        self._compiled_blocks = self._compiled
+        self._compiled_blocks: Callable[[Tensor, Window, Tensor | None], Tensor] | None = None
         self.vocab_size = config.vocab_size
         self.prefix_length = config.prefix_length
         self.inject_points = len(config.inject_layers)
