@@ -19,7 +19,7 @@ help:
 	@echo "variables: PYTHON=python3.12  VENV=/some/folder"
 
 demo: $(VENV)/.installed
-	$(BIN)/arimg sample --control examples/canny.png -o $(DEMO)
+	$(BIN)/arimg sample --control examples/canny.png --class fluent/animals --seed 8 -o $(DEMO)
 	@echo "The picture is $(CURDIR)/$(DEMO)"
 
 test: $(VENV)/.installed-dev
