@@ -39,9 +39,10 @@ def branch_scales(guidance: Guidance, controlled: bool, ramp: bool = False) -> d
     ramp and for the plausibility of codes `full` is needed by itself.
     """
     control_cfg = guidance.control_cfg if controlled and guidance.control_cfg is not None else guidance.cfg
-    (first, a), (_, b) = (CLASS, guidance.cfg), (MAP, control_cfg)
-    if guidance.order == "control-first":
-        first, a, b = MAP, b, a
+    if guidance.order == "class-first":
+        first, a, b = CLASS, guidance.cfg, control_cfg
+    else:
+        first, a, b = MAP, control_cfg, guidance.cfg
     weights = {FULL: b, first: a - b, NULL: 1 - a}
     scales = {FULL: b, first: a, NULL: 1.0}
     limited = ramp or guidance.interval != (0, None) or guidance.plausibility > 0

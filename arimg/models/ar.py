@@ -105,15 +105,15 @@ def _unchecked() -> dict[str, Any]:
     return options
 
 
+_COPIES = count()
+
+
 def _with_own_code(method: Any) -> Any:
     """The same bound method with a code object that no other has: torch.compile keeps its graphs by code object, and
     what it no longer looks at would let one network run the graph of another, with its quantised weights."""
     function = method.__func__
     code = function.__code__.replace(co_name=f"{function.__name__}_{next(_COPIES)}")
     return MethodType(FunctionType(code, function.__globals__, closure=function.__closure__), method.__self__)
-
-
-_COPIES = count()
 
 
 class ClassEmbedding(nn.Module):
