@@ -23,8 +23,8 @@ GUIDANCE_ORDERS = ("class-first", "control-first")
 
 @dataclass(frozen=True)
 class Guidance:
-    """Classifier-free guidance. Raises InputError on values out of range or an empty interval, UnknownNameError on another
-    order."""
+    """Classifier-free guidance. Raises InputError on values out of range or an empty interval, UnknownNameError on
+    another order."""
 
     cfg: float = 1.0                                # scale; 1 = off
     control_cfg: float | None = None                # scale of the control alone; None = the same as cfg
