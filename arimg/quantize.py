@@ -7,8 +7,8 @@ int8 multiplies whole numbers. A row of activations is written as x = top / 63 (
 |low| <= 63, which keeps 14 bits, and both digits go through one product, whose sums are exact: a row's result depends
 on no other row and not on how many there are. Seven bits because CPUs without VNNI add pairs of products in 16 bits.
 
-All three are the reading of fewer bytes, which is the time of a narrow pass (docs/bench.md). A kernel that torch lacks
-or that does not run here is replaced by a slower one, with a notice.
+All three are the reading of fewer bytes, which is the time of a narrow pass (docs/bench.md). A kernel that does not run
+here is replaced by a slower one, with a notice.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from arimg.errors import CheckpointError, InputError, UnknownNameError
+from arimg.kernels import build_error
+from arimg.kernels.int4 import GROUP, TILE, int4_product, pack_int4
 
 log = logging.getLogger("arimg")
 
-GROUP = 64              # inputs that share a scale in int4
 NARROW = 16             # rows up to which torch's kernel for bfloat16 times int8 beats a product of floats
 HEADS = ("output", "head")      # attributes under which networks keep the layer that makes logits
-_INT4_ROWS = 16         # the int4 kernel wants multiples of it
 _DIGIT = 63             # |high| and |low| at most
 _ZERO = 64              # the code of 0 in the unsigned activations
 
@@ -172,7 +172,8 @@ def _product_int8(x_MK: Tensor, packed: PackedWeight) -> Tensor:
 
 
 class Int4Linear(WeightOnlyLinear):
-    """Asymmetric, a scale and a zero per output channel and group of inputs. Activations and results are bfloat16."""
+    """Asymmetric, a scale and a zero per output channel and group of inputs. Our kernel rounds activations to 8 bits, a
+    step per row and group; torch's, its fallback, takes them and gives results in bfloat16."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__(linear, bits=4 + 32 / GROUP)
@@ -181,22 +182,34 @@ class Int4Linear(WeightOnlyLinear):
         scale_NG = ((high_NG - low_NG).clamp_min(1e-12) / 15).bfloat16().float()
         zero_NG = (low_NG + 8 * scale_NG).bfloat16().float()
         codes_NGg = ((weight_NGg - zero_NG[..., None]) / scale_NG[..., None] + 8).round().clamp(0, 15)
-        self.packed = _runs("int4")
-        codes_NK = codes_NGg.flatten(1).to(torch.int32)
-        self.codes = (torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes_NK, 1) if self.packed
-                      else codes_NK.to(torch.uint8))        # (N, K)
-        self.scales_GN2 = torch.stack([scale_NG.t(), zero_NG.t()], dim=-1).bfloat16().contiguous()      # (scale, zero)
+        codes_NK = codes_NGg.flatten(1).to(torch.uint8)
+        self.kernel: Callable[[Tensor, Tensor, Tensor], Tensor]
+        if _runs("int4"):
+            self.kernel = int4_product
+            self.codes, self.scales = pack_int4(codes_NK, scale_NG, zero_NG)
+            return
+        self.scales = torch.stack([scale_NG.t(), zero_NG.t()], dim=-1).bfloat16().contiguous()      # (G, N, 2)
+        if _runs("int4 with bfloat16"):
+            self.kernel = _product_int4_bfloat16
+            self.codes = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes_NK.int(), 1)
+        else:
+            self.kernel, self.codes = _product_int4_floats, codes_NK
 
     def product(self, x_MK: Tensor) -> Tensor:
         """See WeightOnlyLinear."""
-        x_MK = x_MK.bfloat16()
-        if self.packed:
-            out_MN: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x_MK, self.codes, GROUP, self.scales_GN2)
-            return out_MN
-        scale_NG, zero_NG = self.scales_GN2.float().permute(2, 1, 0).unbind()
-        codes_NGg = self.codes.float().unflatten(1, (-1, GROUP)) - 8
-        weight_NK = (codes_NGg * scale_NG[..., None] + zero_NG[..., None]).flatten(1)
-        return F.linear(x_MK.float(), weight_NK).bfloat16()
+        return self.kernel(x_MK, self.codes, self.scales)
+
+
+def _product_int4_bfloat16(x_MK: Tensor, codes: Tensor, scales_GN2: Tensor) -> Tensor:
+    out_MN: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x_MK.bfloat16(), codes, GROUP, scales_GN2)
+    return out_MN
+
+
+def _product_int4_floats(x_MK: Tensor, codes_NK: Tensor, scales_GN2: Tensor) -> Tensor:
+    scale_NG, zero_NG = scales_GN2.float().permute(2, 1, 0).unbind()
+    codes_NGg = codes_NK.float().unflatten(1, (-1, GROUP)) - 8
+    weight_NK = (codes_NGg * scale_NG[..., None] + zero_NG[..., None]).flatten(1)
+    return F.linear(x_MK.float(), weight_NK)
 
 
 QUANTIZED: Mapping[str, Callable[[nn.Linear], WeightOnlyLinear]] = {
@@ -210,8 +223,8 @@ def check_quantize(name: str | None) -> None:
 
 
 def quantize(network: nn.Module, name: str) -> nn.Module:
-    """Replace the Linear layers of the network's blocks, and store that of its head in fp16; embeddings and norms stay.
-    Returns the network.
+    """Replace the Linear layers of the network's blocks, and store that of its head in 8 bits at least; embeddings and
+    norms stay. Returns the network.
 
     Layers whose sizes the format does not fit stay as they are. Raises UnknownNameError, and InputError when the
     network lies on another device than the CPU or has no blocks.
@@ -234,7 +247,7 @@ def quantize(network: nn.Module, name: str) -> nn.Module:
                 setattr(parent, key, QUANTIZED[name](child))
     for key in HEADS:
         if isinstance(head := getattr(network, key, None), nn.Linear):
-            setattr(network, key, HalfLinear(head))
+            setattr(network, key, HalfLinear(head) if name == "fp16" else Int8Linear(head))
     return network
 
 
@@ -249,7 +262,7 @@ def weight_sizes(network: nn.Module) -> tuple[int, int]:
 
 
 def _fits(linear: nn.Linear, name: str) -> bool:
-    return name != "int4" or linear.in_features % GROUP == 0 and linear.out_features % _INT4_ROWS == 0
+    return name != "int4" or linear.in_features % GROUP == 0 and linear.out_features % TILE == 0
 
 
 @cache
@@ -257,8 +270,8 @@ def _runs(kernel: str) -> bool:
     """Whether this torch has the kernel and it runs here; said once if not."""
     try:
         _TRIALS[kernel]()
-    except (AttributeError, NotImplementedError, RuntimeError) as error:
-        log.warning("quantisation: torch's kernel for %s does not run here (%s); taking a slower one", kernel,
+    except (AttributeError, ImportError, OSError, RuntimeError) as error:
+        log.warning("quantisation: the kernel for %s does not run here (%s); taking a slower one", kernel,
                     str(error).splitlines()[0][:100])
         return False
     return True
@@ -278,10 +291,18 @@ def _try_int8_with_bfloat16() -> None:
 
 
 def _try_int4() -> None:
+    if reason := build_error("int4"):
+        raise RuntimeError(reason)
+    codes_NK, scales_NG = torch.ones(TILE, GROUP, dtype=torch.uint8), torch.ones(TILE, 1)
+    int4_product(torch.ones(1, GROUP), *pack_int4(codes_NK, scales_NG, scales_NG))
+
+
+def _try_int4_with_bfloat16() -> None:
     x = torch.ones(1, GROUP, dtype=torch.bfloat16)
     codes = torch.ops.aten._convert_weight_to_int4pack_for_cpu(torch.ones(16, GROUP, dtype=torch.int32), 1)
     torch.ops.aten._weight_int4pack_mm_for_cpu(x, codes, GROUP, x[0, :32].view(1, 16, 2))
 
 
 _TRIALS: Mapping[str, Callable[[], None]] = {
-    "fp16": _try_fp16, "int8": _try_int8, "int8 with bfloat16": _try_int8_with_bfloat16, "int4": _try_int4}
+    "fp16": _try_fp16, "int8": _try_int8, "int8 with bfloat16": _try_int8_with_bfloat16, "int4": _try_int4,
+    "int4 with bfloat16": _try_int4_with_bfloat16}

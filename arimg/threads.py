@@ -12,7 +12,7 @@ from torch import nn
 
 from arimg.quantize import weight_sizes
 
-CACHED = 64e6               # bytes of weights up to which one thread is not held up by memory
+CACHED = 32e6               # bytes of weights up to which one thread is not held up by memory
 SMALL = 5e6                 # FLOPs of an average operator of a layer that are not worth a second thread
 OPERATORS = 35              # of a layer
 

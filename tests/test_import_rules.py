@@ -22,7 +22,7 @@ FILES = sorted((ROOT / "arimg").rglob("*.py"))
 
 # A module may import those of lower rank, and those of its own group. Groups of one rank do not import one another.
 LAYERS: tuple[tuple[frozenset[str], ...], ...] = (
-    (frozenset({"errors", "registry", "config", "presets", "home"}),),
+    (frozenset({"errors", "registry", "config", "presets", "home", "kernels"}),),
     (frozenset({"noise", "images", "devices", "weights", "data", "threads", "memory", "inference", "quantize"}),),
     (frozenset({"features"}),),
     (frozenset({"models"}), frozenset({"tokenizers"}), frozenset({"control"})),

@@ -55,9 +55,9 @@ def test_one_graph_per_bucket(width: int) -> None:
     assert counter.frame_count == first, "a second picture compiles nothing"
 
 
-@pytest.mark.parametrize("weights", ["float32", "fp16", "int8"])
+@pytest.mark.parametrize("weights", ["float32", "fp16", "int8", "int4"])
 def test_packed_weights_compile(weights: str) -> None:
-    model = toy_model()
+    model = toy_model(dim=64, ffn_hidden=128, inject_layers=())
     lay_out(model if weights == "float32" else quantize(model, weights))
     plain = decode(model, PlainAR(), guidance=Guidance(cfg=2.0))
     model.compile_step(backend="aot_eager")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from unittest.mock import patch
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from arimg.devices import multiplies_bfloat16
 from arimg.tokenizers import winograd
 from arimg.tokenizers.vq import VQConfig
 from arimg.tokenizers.winograd import Conv3x3
@@ -55,6 +57,26 @@ def test_equals_the_plain_convolution(double: bool, normed: bool, added: bool, s
     alone = layer.paint(x_BCHW[1:], before, double, None if plus is None else plus[1:])
     assert torch.equal(alone, got[1:]), "an image does not depend on the batch"
     assert all(torch.equal(one, old) for one, old in zip((x_BCHW, plus), given) if one is not None), "inputs stay"
+
+
+@pytest.mark.skipif(not multiplies_bfloat16(torch.device("cpu")), reason="this CPU has no units for bfloat16")
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("added", [False, True])
+@torch.no_grad()
+def test_packed_weights_are_those_of_autocast(double: bool, added: bool) -> None:
+    layer, before = conv(), norm()
+    x_BCHW, plus = maps(16, 12), torch.randn(2, 96, 16 * (1 + double), 12 * (1 + double)) if added else None
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = layer.paint(x_BCHW, before, double, plus)
+        layer.lay_out()
+        got = layer.paint(x_BCHW, before, double, plus)
+        alone = layer.paint(x_BCHW[1:], before, double, None if plus is None else plus[1:])
+        again = copy.deepcopy(layer).paint(x_BCHW, before, double, plus)
+    assert layer._packed is not None and got.dtype == torch.bfloat16
+    assert float((got - expected).abs().max()) <= 0.01 * float(expected.abs().max())
+    assert torch.equal(alone, got[1:]) and torch.equal(again, got)
+    layer.float()
+    assert layer._packed is None
 
 
 @needs_nnpack
