@@ -15,6 +15,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from arimg.kernels import is_ready
+from arimg.kernels.draw import draw_categorical
+
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -107,6 +110,8 @@ class CounterNoise:
                     draw: int = 0) -> Tensor:
         """codes_BW drawn from the laws p_BWV: argmax(p / E), which is argmax(log p + Gumbel) without logarithms of
         zero, slow on CPUs. Equal keys share their noise across laws."""
+        if is_ready("draw") and p_BWV.device.type == "cpu" and p_BWV.dtype == torch.float32:
+            return draw_categorical(p_BWV.detach(), seeds_B, positions_BW, purpose, draw)    # the same codes, faster
         return largest(p_BWV / self.exponential(seeds_B, positions_BW, p_BWV.shape[-1], purpose, draw))
 
     def bernoulli(self, p_BW: Tensor, seeds_B: Tensor, positions_BW: Tensor, purpose: Purpose = Purpose.ACCEPT,

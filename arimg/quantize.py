@@ -1,7 +1,7 @@
-"""Linear layers with small weights: 16, 8 or 4 bits each. Activations keep the network's precision.
+"""Linear layers with small weights: 16, 8 or 4 bits each.
 
 fp16: the weight, rounded. int8: w = scale_n * code, one scale per output channel. int4: w = scale * (code - 8) + zero
-for groups of 64 inputs.
+for groups of 64 inputs, and activations in 8 bits per row and group (kernels/int4.cpp).
 
 int8 multiplies whole numbers. A row of activations is written as x = top / 63 (high + low / 126) with whole |high|,
 |low| <= 63, which keeps 14 bits, and both digits go through one product, whose sums are exact: a row's result depends

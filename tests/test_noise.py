@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from arimg import noise
+from arimg.kernels import build_error
 from arimg.noise import CounterNoise, Purpose, largest, philox
 
 KNOWN = {       # philox4x32-10 in the known-answer file of Random123: counter, key, words
@@ -56,3 +58,24 @@ def test_largest_is_the_first_of_equals(dtype: torch.dtype) -> None:
     if dtype != torch.bfloat16:
         assert torch.equal(found, (values == values.amax(-1, keepdim=True)).byte().argmax(-1))
     assert largest(values[0, 0]).shape == ()
+
+
+@pytest.mark.parametrize("codes", [1, 7, 100, 1030])
+def test_the_kernel_draws_the_same_codes(codes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Zeros, ties and a law that is not a number included."""
+    if reason := build_error("draw"):
+        pytest.skip(f"the kernel cannot be built here: {reason}")
+    generator = torch.Generator().manual_seed(codes)
+    seeds_B = torch.randint(-2 ** 62, 2 ** 62, (3,), generator=generator)
+    positions_BW = torch.randint(300, (3, 40), generator=generator)
+    p_BWV = torch.randn(3, 40, codes, generator=generator).mul(3).softmax(-1)
+    p_BWV[0, 0] = 0
+    p_BWV[1, :20, :codes // 2] = 0
+    p_BWV[2, 0, codes // 2:] = float("nan")
+    with monkeypatch.context() as patch:
+        patch.setattr(noise, "is_ready", lambda name: False)
+        plain_BW = CounterNoise().categorical(p_BWV, seeds_B, positions_BW, Purpose.DRAFT, 5)
+    assert torch.equal(CounterNoise().categorical(p_BWV, seeds_B, positions_BW, Purpose.DRAFT, 5), plain_BW)
+    expanded_BWV = p_BWV[:1, :1].expand(3, 40, -1)
+    assert torch.equal(CounterNoise().categorical(expanded_BWV, seeds_B, positions_BW),
+                       CounterNoise().categorical(expanded_BWV.clone(), seeds_B, positions_BW))

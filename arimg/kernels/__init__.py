@@ -14,6 +14,12 @@ log = logging.getLogger("arimg")
 
 _FOLDER = Path(__file__).parent
 _FLAGS = ("-ftree-loop-vectorize", "-ffp-contract=fast")    # off in torch.compile, which writes its loops as vectors
+_READY: set[str] = set()
+
+
+def is_ready(name: str) -> bool:
+    """Whether something in this process has built NAME.cpp."""
+    return name in _READY
 
 
 @cache
@@ -27,4 +33,5 @@ def build_error(name: str) -> str | None:
         import_module(f"arimg.kernels.{name}").register()
     except (AttributeError, ImportError, OSError, RuntimeError, TypeError) as error:
         return str(error).strip().splitlines()[0]
+    _READY.add(name)
     return None

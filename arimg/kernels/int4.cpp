@@ -38,12 +38,15 @@ struct Rounded {
       const float* values = x + g * GROUP;
       int8_t* whole = q.data() + g * GROUP;
       float top = 0;
+#pragma omp simd reduction(max : top)
       for (int k = 0; k < GROUP; k++) top = std::max(top, std::fabs(values[k]));
       const float per_step = top > 0 ? 127 / top : 0;
       int32_t sum = 0;
+#pragma omp simd reduction(+ : sum)
       for (int k = 0; k < GROUP; k++) {
-        whole[k] = static_cast<int8_t>(std::nearbyint(values[k] * per_step));
-        sum += whole[k];
+        const auto one = static_cast<int32_t>(std::nearbyint(values[k] * per_step));
+        whole[k] = static_cast<int8_t>(one);
+        sum += one;
       }
       steps[g] = top / 127;
       sums[g] = sum;

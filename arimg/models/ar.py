@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from arimg.config import check_sizes
 from arimg.errors import ConfigError, InputError
+from arimg.kernels import build_error
 from arimg.models.base import Condition
 from arimg.models.layers import (EXTENT_STEP, MLP, Attention, Cache, RMSNorm, SequenceCache, SwiGLU, Window,
                                  rotary_table_2d)
@@ -306,10 +307,12 @@ class ARTransformer(nn.Module):
         number of rows and positions, for any number of slots on a CPU and for the whole cache elsewhere. The first pass
         of each shape takes long. The network's settings and layers must not change afterwards: nothing looks whether
         they did."""
-        if self.norm.weight.device.type != "cpu":
+        if self.norm.weight.device.type == "cpu":
+            build_error("draw")                     # where it cannot be built, the same draws take longer
+            if self.attention_backend == "sdpa":
+                self.attention_backend = "math"     # its parts are fused; sdpa costs twice as much for few queries
+        else:
             self.extent_step = sys.maxsize
-        elif self.attention_backend == "sdpa":
-            self.attention_backend = "math"     # whose parts it fuses; sdpa there costs twice as much for few queries
         options = options or {"options": _unchecked()}
         self._compiled, self._compiled_blocks = (
             torch.compile(_with_own_code(part), fullgraph=True, dynamic=False, **options)
