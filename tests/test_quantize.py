@@ -18,7 +18,7 @@ from arimg.kernels import build_error
 from arimg.kernels.int4 import int4_product, pack_int4
 from arimg.models.ar import ARTransformer
 from arimg.pipeline import Pipeline
-from arimg.quantize import QUANTIZED, HalfLinear, Int8Linear, WeightOnlyLinear, quantize, weight_sizes
+from arimg.quantize import QUANTIZED, HalfLinear, Int4Linear, Int8Linear, WeightOnlyLinear, quantize, weight_sizes
 from tests.models.toy import toy_classes, toy_codes, toy_model
 
 ERRORS = {"fp16": 4e-4, "int8": 0.012, "int4": 0.12}       # relative, of Gaussian weights
@@ -139,6 +139,15 @@ def test_int4_by_our_kernel_multiplies_rounded_activations_exactly() -> None:
         exact_MN = (whole_MGg.double() * step_MG1).flatten(1) @ weight_NGg.flatten(1).T
         got_MN = int4_product(x_MGg.flatten(1), *packed)
         assert float((got_MN - exact_MN).abs().max()) <= 2e-3 * float(exact_MN.abs().max())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_int4_shows_what_is_not_finite(value: float) -> None:
+    small, x_MK = Int4Linear(linear()), rows(3)
+    plain_MN = small(x_MK)
+    x_MK[1, 70] = value
+    got_MN = small(x_MK)
+    assert not got_MN[1].isfinite().any() and torch.equal(got_MN[::2], plain_MN[::2])
 
 
 def test_a_kernel_that_cannot_be_built(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,9 +37,12 @@ struct Rounded {
     for (int64_t g = 0; g < groups; g++) {
       const float* values = x + g * GROUP;
       int8_t* whole = q.data() + g * GROUP;
-      float top = 0;
-#pragma omp simd reduction(max : top)
-      for (int k = 0; k < GROUP; k++) top = std::max(top, std::fabs(values[k]));
+      float top = 0, poison = 0;  // the latter is not a number where a value is not finite
+#pragma omp simd reduction(max : top) reduction(+ : poison)
+      for (int k = 0; k < GROUP; k++) {
+        top = std::max(top, std::fabs(values[k]));
+        poison += values[k] * 0;
+      }
       const float per_step = top > 0 ? 127 / top : 0;
       int32_t sum = 0;
 #pragma omp simd reduction(+ : sum)
@@ -48,7 +51,7 @@ struct Rounded {
         whole[k] = static_cast<int8_t>(one);
         sum += one;
       }
-      steps[g] = top / 127;
+      steps[g] = top / 127 + poison;
       sums[g] = sum;
     }
   }
