@@ -69,7 +69,7 @@ def bench_painting(codes: ARPair, pixels: VQPair, tokens: int, cfg: float, turns
     head = codes.ours.output.weight.numel()
     clock = ReadClock(CPU)
     laps = compare(runs, [clock.measure], turns)
-    full = {THEIRS: codes.theirs, OURS: codes.ours}
+    full = {THEIRS: codes.theirs, OURS: codes.ours, f"{OURS} compiled": codes.ours}
     sides = tuple(Side(name, own, tokens * _read(name, blocks, head, full) / clock.cpu_rate / own["codes"].cpu_seconds,
                        ()) for name, own in laps.items())
     kinds = precisions(dtype_of(codes.theirs), dtype_of(codes.ours))
@@ -90,10 +90,9 @@ def _phases(draw: Any, paint: Any) -> Phases:
 
 
 def _read(name: str, blocks: int, head: int, full: dict[str, nn.Module]) -> float:
-    """Bytes of weights per token; an exported int4 network has a head of 8 bits, torch's quantised ones of 16."""
+    """Bytes of weights per token; heads have 8 bits at least."""
     if name in full:
         return float((blocks + head) * dtype_of(full[name]).itemsize)
-    runtime, form = name.split()[:2]
+    form = name.split()[1]
     width = {"fp16": 2.0, "int8": 1.0, "int4": 0.5}.get(form, 4.0)
-    head_width = max(width, 2.0 if runtime == OURS else 1.0)
-    return blocks * width + head * head_width
+    return blocks * width + head * max(width, 1.0)
