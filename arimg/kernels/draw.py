@@ -12,9 +12,11 @@ def register() -> None:
 
 
 def draw_categorical(p_BWV: Tensor, seeds_B: Tensor, positions_BW: Tensor, purpose: int, draw: int) -> Tensor:
-    """codes_BW of laws in float32 on a CPU; see CounterNoise.categorical."""
-    codes_BW: Tensor = torch.ops.arimg.categorical(p_BWV.contiguous(), seeds_B.contiguous(), positions_BW.contiguous(),
-                                                   purpose, draw)
+    """codes_BW of laws in float32 on a CPU; see CounterNoise.categorical. Laws, seeds and positions broadcast."""
+    batch, width = torch.broadcast_shapes(p_BWV.shape[:2], positions_BW.shape, (len(seeds_B), 1))
+    codes_BW: Tensor = torch.ops.arimg.categorical(p_BWV.expand(batch, width, -1).contiguous(),
+                                                   seeds_B.expand(batch).contiguous(),
+                                                   positions_BW.expand(batch, width).contiguous(), purpose, draw)
     return codes_BW
 
 
