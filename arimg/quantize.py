@@ -1,11 +1,9 @@
 """Linear layers with small weights: 16, 8 or 4 bits each.
 
-fp16: the weight, rounded. int8: w = scale_n * code, one scale per output channel. int4: w = scale * (code - 8) + zero
-for groups of 64 inputs, and activations in 8 bits per row and group (kernels/int4.cpp).
-
-int8 multiplies whole numbers. A row of activations is written as x = top / 63 (high + low / 126) with whole |high|,
-|low| <= 63, which keeps 14 bits, and both digits go through one product, whose sums are exact: a row's result depends
-on no other row and not on how many there are. Seven bits because CPUs without VNNI add pairs of products in 16 bits.
+fp16: the weight, rounded. int8: w = scale_n * code, one scale per output channel, and activations in two digits of 7
+bits. int4: w = scale * (code - 8) + zero for groups of 64 inputs, and activations in 8 bits per row and group. int8 and
+int4 multiply whole numbers, whose sums are exact: a row's result depends on no other row and not on how many there are
+(kernels/products.cpp).
 
 All three are the reading of fewer bytes, which is the time of a narrow pass (docs/bench.md). A kernel that does not run
 here is replaced by a slower one, with a notice.
@@ -27,7 +25,7 @@ from torch import Tensor, nn
 
 from arimg.errors import CheckpointError, InputError, UnknownNameError
 from arimg.kernels import build_error
-from arimg.kernels.int4 import GROUP, TILE, int4_product, pack_int4
+from arimg.kernels.products import GROUP, TILE, int4_product, int8_product, pack_int4, pack_int8
 
 log = logging.getLogger("arimg")
 
@@ -127,29 +125,29 @@ def _pack_fp16(weight_NK: Tensor) -> PackedWeight:
 
 
 class Int8Linear(WeightOnlyLinear):
-    """Symmetric, one scale per output channel."""
+    """Symmetric, one scale per output channel. Without our kernel torch's takes the digits of the activations, or else
+    activations in bfloat16."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__(linear, bits=8)
         weight_NK = linear.weight.detach().float()
         scale_N = weight_NK.abs().amax(1).clamp_min(1e-12) / 127
         codes_NK = (weight_NK / scale_N[:, None]).round().to(torch.int8)
-        self.packed = _pack_int8(codes_NK, scale_N) if _runs("int8") else None
-        self.codes_NK = codes_NK if self.packed is None else None
-        self.scale_N = scale_N
+        self.kernel: Callable[..., Tensor]
+        self.weights: tuple[Any, ...]
+        if self.out_features % TILE == 0 and self.in_features % 4 == 0 and _runs("int8"):
+            self.kernel, self.weights = int8_product, pack_int8(codes_NK, scale_N)
+        elif _runs("int8 with digits"):
+            self.kernel, self.weights = _product_int8_digits, (_pack_int8_digits(codes_NK, scale_N),)
+        else:
+            self.kernel, self.weights = _product_int8_floats, (codes_NK, scale_N)
 
     def product(self, x_MK: Tensor) -> Tensor:
         """See WeightOnlyLinear."""
-        if self.packed is not None:
-            return _product_int8(x_MK.float(), self.packed)
-        assert self.codes_NK is not None
-        if len(x_MK) <= NARROW and _runs("int8 with bfloat16"):
-            out_MN: Tensor = torch.ops.aten._weight_int8pack_mm(x_MK.bfloat16(), self.codes_NK, self.scale_N.bfloat16())
-            return out_MN
-        return F.linear(x_MK.float(), self.codes_NK.float()) * self.scale_N
+        return self.kernel(x_MK, *self.weights)
 
 
-def _pack_int8(codes_NK: Tensor, scale_N: Tensor) -> PackedWeight:
+def _pack_int8_digits(codes_NK: Tensor, scale_N: Tensor) -> PackedWeight:
     """Its input is whole numbers of 7 bits, its sums are exact. torch means to drop such tensors one day and says
     so."""
     with warnings.catch_warnings():
@@ -161,14 +159,22 @@ def _pack_int8(codes_NK: Tensor, scale_N: Tensor) -> PackedWeight:
     return PackedWeight(lambda digits_MK: product(digits_MK, 1.0, _ZERO, packed), len(scale_N))
 
 
-def _product_int8(x_MK: Tensor, packed: PackedWeight) -> Tensor:
-    """float32 (M, N) by the two digits of every number."""
+def _product_int8_digits(x_MK: Tensor, packed: PackedWeight) -> Tensor:
+    """float32 (M, N) by the two digits of every number, as products.cpp writes it."""
+    x_MK = x_MK.float()
     step_M1 = torch.linalg.vector_norm(x_MK, torch.inf, dim=1, keepdim=True).clamp_min(1e-30) / _DIGIT
     steps_MK = x_MK / step_M1
     high_MK = steps_MK.round()
     digits_JK = torch.cat([high_MK, (steps_MK - high_MK) * (2 * _DIGIT)])       # J = 2M
     high_MN, low_MN = packed(digits_JK).chunk(2)
     return torch.add(high_MN, low_MN, alpha=1 / (2 * _DIGIT)).mul_(step_M1)
+
+
+def _product_int8_floats(x_MK: Tensor, codes_NK: Tensor, scale_N: Tensor) -> Tensor:
+    if len(x_MK) <= NARROW and _runs("int8 with bfloat16"):
+        out_MN: Tensor = torch.ops.aten._weight_int8pack_mm(x_MK.bfloat16(), codes_NK, scale_N.bfloat16())
+        return out_MN
+    return F.linear(x_MK.float(), codes_NK.float()) * scale_N
 
 
 class Int4Linear(WeightOnlyLinear):
@@ -281,20 +287,18 @@ def _try_fp16() -> None:
     _pack_fp16(torch.ones(16, GROUP))(torch.ones(1, GROUP))
 
 
-def _try_int8() -> None:
-    _product_int8(torch.ones(1, GROUP), _pack_int8(torch.ones(16, GROUP, dtype=torch.int8), torch.ones(16)))
+def _try_products() -> None:
+    if reason := build_error("products"):
+        raise RuntimeError(reason)
+
+
+def _try_int8_with_digits() -> None:
+    _product_int8_digits(torch.ones(1, GROUP), _pack_int8_digits(torch.ones(16, GROUP, dtype=torch.int8), torch.ones(16)))
 
 
 def _try_int8_with_bfloat16() -> None:
     x = torch.ones(1, GROUP, dtype=torch.bfloat16)
     torch.ops.aten._weight_int8pack_mm(x, torch.ones(16, GROUP, dtype=torch.int8), x[0, :16])
-
-
-def _try_int4() -> None:
-    if reason := build_error("int4"):
-        raise RuntimeError(reason)
-    codes_NK, scales_NG = torch.ones(TILE, GROUP, dtype=torch.uint8), torch.ones(TILE, 1)
-    int4_product(torch.ones(1, GROUP), *pack_int4(codes_NK, scales_NG, scales_NG))
 
 
 def _try_int4_with_bfloat16() -> None:
@@ -304,5 +308,5 @@ def _try_int4_with_bfloat16() -> None:
 
 
 _TRIALS: Mapping[str, Callable[[], None]] = {
-    "fp16": _try_fp16, "int8": _try_int8, "int8 with bfloat16": _try_int8_with_bfloat16, "int4": _try_int4,
-    "int4 with bfloat16": _try_int4_with_bfloat16}
+    "fp16": _try_fp16, "int8": _try_products, "int8 with digits": _try_int8_with_digits,
+    "int8 with bfloat16": _try_int8_with_bfloat16, "int4": _try_products, "int4 with bfloat16": _try_int4_with_bfloat16}

@@ -15,10 +15,10 @@ from arimg.accel.jacobi import Jacobi
 from arimg.accel.target import Target
 from arimg.errors import CheckpointError, InputError, UnknownNameError
 from arimg.kernels import build_error
-from arimg.kernels.int4 import int4_product, pack_int4
+from arimg.kernels.products import int4_product, int8_product, pack_int4, pack_int8
 from arimg.models.ar import ARTransformer
 from arimg.pipeline import Pipeline
-from arimg.quantize import QUANTIZED, HalfLinear, Int4Linear, Int8Linear, WeightOnlyLinear, quantize, weight_sizes
+from arimg.quantize import QUANTIZED, HalfLinear, Int8Linear, WeightOnlyLinear, quantize, weight_sizes
 from tests.models.toy import toy_classes, toy_codes, toy_model
 
 ERRORS = {"fp16": 4e-4, "int8": 0.012, "int4": 0.12}       # relative, of Gaussian weights
@@ -75,12 +75,13 @@ def test_slower_kernels_give_the_same(name: str, count: int, monkeypatch: pytest
     if name == "int4":      # our kernel rounds activations to 8 bits: give it some that it need not round
         x_MK = whole_rows(count)
     fast_MN = QUANTIZED[name](layer)(x_MK)
-    fallbacks = {"int8 with bfloat16", "int4 with bfloat16"}
-    for missing in ({"fp16", "int8", "int4"}, {"fp16", "int8", "int4"} | fallbacks):
+    missing: set[str] = set()
+    for kernels in ({"fp16", "int8", "int4"}, {"int8 with digits"}, {"int8 with bfloat16", "int4 with bfloat16"}):
+        missing |= kernels
         monkeypatch.setattr(module, "_runs", lambda kernel: kernel not in missing)
         slow_MN = QUANTIZED[name](layer)(x_MK)
-        tolerance = 1e-2 if name == "int8" and not fallbacks & missing else 3e-3
-        assert float((slow_MN - fast_MN).norm()) <= tolerance * float(fast_MN.norm())
+        rounds = name == "int8" and "int8 with digits" in missing and "int8 with bfloat16" not in missing
+        assert float((slow_MN - fast_MN).norm()) <= (1e-2 if rounds else 3e-3) * float(fast_MN.norm())
 
 
 def test_a_missing_kernel_is_said_once(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,10 +130,13 @@ def test_jacobi_paints_the_codes_of_plain_decoding(name: str) -> None:
         assert torch.equal(codes(Jacobi(window)), codes(PlainAR()))
 
 
+needs_kernel = pytest.mark.skipif(build_error("products") is not None,
+                                  reason=f"the kernel cannot be built here: {build_error('products')}")
+
+
+@needs_kernel
 def test_products_and_rounding_of_our_int4_kernel() -> None:
     """Exact for whole activations, with 1 to 7 rows; others move by half a step of their group at most."""
-    if reason := build_error("int4"):
-        pytest.skip(f"the kernel cannot be built here: {reason}")
     generator = torch.Generator().manual_seed(0)
     codes_NK = torch.randint(16, (48, 192), generator=generator, dtype=torch.uint8)
     scale_NG, zero_NG = (torch.randn(48, 3, generator=generator).bfloat16().float() for _ in range(2))
@@ -148,9 +152,28 @@ def test_products_and_rounding_of_our_int4_kernel() -> None:
     assert bool((moved_MN <= 1.001 * half_MK @ weight_NK.abs().T + 1e-4).all()) and float(moved_MN.max()) > 1e-3
 
 
+@needs_kernel
+def test_products_and_rounding_of_our_int8_kernel() -> None:
+    """Activations move by half a step of their row's second digit at most, whatever the codes, with 1 to 7 rows."""
+    generator = torch.Generator().manual_seed(0)
+    codes_NK = torch.randint(-127, 128, (48, 192), generator=generator).to(torch.int8)
+    codes_NK[0], codes_NK[1] = 127, -127
+    scale_N = torch.rand(48, generator=generator) + 0.1
+    weight_NK, packed = codes_NK.double() * scale_N.double()[:, None], pack_int8(codes_NK, scale_N)
+    for count in range(1, 8):
+        x_MK = rows(count)
+        x_MK[0, 10:] = x_MK[0, 5]       # the largest sums there are
+        half_M1 = x_MK.double().abs().amax(1, keepdim=True) / (63 * 126 * 2)
+        exact_MN = x_MK.double() @ weight_NK.T
+        moved_MN = (int8_product(x_MK, *packed) - exact_MN).abs()
+        assert bool((moved_MN <= 1.001 * half_M1 * weight_NK.abs().sum(1) + 1e-6 * exact_MN.abs()).all())
+        assert bool((moved_MN > 0).any())
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_int4_shows_what_is_not_finite(value: float) -> None:
-    small, x_MK = Int4Linear(linear()), rows(3)
+@pytest.mark.parametrize("name", ["int8", "int4"])
+def test_a_value_that_is_not_finite_shows(name: str, value: float) -> None:
+    small, x_MK = QUANTIZED[name](linear()), rows(3)
     plain_MN = small(x_MK)
     x_MK[1, 70] = value
     got_MN = small(x_MK)
@@ -164,7 +187,7 @@ def test_a_kernel_that_cannot_be_built(monkeypatch: pytest.MonkeyPatch) -> None:
         raise RuntimeError("no C++ compiler\nand a long story")
 
     monkeypatch.setattr(CppCodeCache, "load", fails)
-    assert build_error.__wrapped__("int4") == "no C++ compiler"
+    assert build_error.__wrapped__("products") == "no C++ compiler"
 
 
 @torch.no_grad()

@@ -201,7 +201,7 @@ class Target:
         if inject is not None:
             inject = F.pad(inject, (0, 0, length - tokens, 0))
         h_RPD = self._backbone.step(x_RPD, slots_RP, self._cache, inject)
-        return self._guided(h_RPD[:, -tokens:], tokens_BT, self._scales)
+        return self._guided(self._backbone.logits(h_RPD[:, -tokens:]), tokens_BT, self._scales)
 
     def read_logits(self, latents_BWC: Tensor, first: int) -> Tensor:
         """As `read`, the guided logits before temperature and filters."""
@@ -209,10 +209,10 @@ class Target:
         tokens_BW = torch.arange(first, stop, device=latents_BWC.device).expand(len(latents_BWC), -1)
         slots_RW = tokens_BW.repeat(branches, 1)
         self._cache.limit(stop)
-        x_RWD = self._backbone.embed(latents_BWC.repeat(branches, 1, 1), slots_RW)
         self.forward_passes += 1
-        h_RWD = self._backbone.step(x_RWD, slots_RW, self._cache, self._inject(tokens_BW, self._scales))
-        return self._guided(h_RWD, tokens_BW, self._scales)
+        logits_RWV = self._backbone.predict(latents_BWC.repeat(branches, 1, 1), slots_RW, self._cache,
+                                            self._inject(tokens_BW, self._scales))
+        return self._guided(logits_RWV, tokens_BW, self._scales)
 
     def step_logits(self, codes_BW: Tensor, positions_BW: Tensor, reached: int = 0, stop: int | None = None,
                     leaves: int = 0) -> Tensor:
@@ -221,17 +221,17 @@ class Target:
         guided_stop, prefix = self.request.guidance.interval[1], self._backbone.prefix_length
         scales = self._scales if guided_stop is None or reached + 1 < guided_stop else {FULL: self._scales[FULL]}
         positions_BW = positions_BW.clamp(max=self.request.length - 1)
-        at_RW = slots_RW = (prefix + positions_BW).repeat(len(scales), 1)
+        slots_RW, at_RW = (prefix + positions_BW).repeat(len(scales), 1), None
         if leaves:
+            at_RW = slots_RW
             scratch_W = torch.arange(leaves, device=at_RW.device) + prefix + self.request.length
             slots_RW = torch.cat([at_RW[:, :-leaves], scratch_W.expand(at_RW.shape[0], -1)], dim=1)
         if stop is not None:
             self._cache.limit(min(prefix + stop, prefix + self.request.length))
-        x_RWD = self._backbone.embed(codes_BW.repeat(len(scales), 1), at_RW)
         self.forward_passes += 1
-        h_RWD = self._backbone.step(x_RWD, slots_RW, self._cache, self._inject(positions_BW + 1, scales),
-                                    **({"at_RW": at_RW} if leaves else {}))
-        return self._guided(h_RWD, positions_BW + 1, scales)
+        logits_RWV = self._backbone.predict(codes_BW.repeat(len(scales), 1), slots_RW, self._cache,
+                                            self._inject(positions_BW + 1, scales), at_RW)
+        return self._guided(logits_RWV, positions_BW + 1, scales)
 
     def _inject(self, tokens_BW: Tensor, branches: Collection[str]) -> Tensor | None:
         """inject_KRWD for the passes of these branches that predict these tokens."""
@@ -240,9 +240,9 @@ class Target:
         rows_B1 = torch.arange(tokens_BW.shape[0], device=tokens_BW.device)[:, None]
         return branch_inject(self._inject_KBND[:, rows_B1, tokens_BW], branches)
 
-    def _guided(self, h_RWD: Tensor, tokens_BW: Tensor, scales: dict[str, float]) -> Tensor:
+    def _guided(self, logits_RWV: Tensor, tokens_BW: Tensor, scales: dict[str, float]) -> Tensor:
         """guided_BWV for the tokens that the passes predict, each with its share of guidance."""
-        logits_GBWV = at_least_float32(self._backbone.logits(h_RWD)).unflatten(0, (len(scales), -1))
+        logits_GBWV = at_least_float32(logits_RWV).unflatten(0, (len(scales), -1))
         full_BWV = guided_BWV = logits_GBWV[0]
         if len(scales) > 1:
             guided_BWV = self._shared(mix(logits_GBWV, scales), full_BWV, tokens_BW)

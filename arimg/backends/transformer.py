@@ -18,7 +18,7 @@ from arimg.backends.cache import HandedCache, Pass, PlaceCache, SlotCache, new_s
 from arimg.backends.host import Exported
 from arimg.backends.runtimes import OnnxGraph
 from arimg.models.ar import ARConfig, CaptionEmbedding, ClassEmbedding, rotary_table
-from arimg.models.base import Condition
+from arimg.models.base import Backbone, Condition
 
 
 def cache_names(layers: int) -> list[str]:
@@ -26,7 +26,7 @@ def cache_names(layers: int) -> list[str]:
     return [f"{kind}_{layer}" for layer in range(layers) for kind in ("key", "value")]
 
 
-class ExportedTransformer(Exported):
+class ExportedTransformer(Exported, Backbone):
     """See models/base.py for the contract; subclasses name the runtime and its kind of cache."""
 
     graph_name = "step"

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from arimg.config import check_sizes
 from arimg.errors import ConfigError, InputError
 from arimg.kernels import build_error
-from arimg.models.base import Condition
+from arimg.models.base import Backbone, Condition
 from arimg.models.layers import (EXTENT_STEP, MLP, Attention, Cache, RMSNorm, SequenceCache, SwiGLU, Window,
                                  rotary_table_2d)
 from arimg.noise import CounterNoise, Purpose
@@ -97,10 +97,12 @@ def rotary_table(config: ARConfig, grid: tuple[int, int], device: torch.device |
                            identity=config.rope_prefix == "identity")
 
 
-def _unchecked() -> dict[str, Any]:
-    """Options of torch.compile: a pass does not look again at the network and at sizes that follow from its input's."""
+def _unchecked(device: torch.device) -> dict[str, Any]:
+    """Options of torch.compile: a pass does not look again at the network and at sizes that follow from its input's. On
+    a CPU it calls its kernels from C++, which takes a tenth off a step of LlamaGen-B (docs/bench.md)."""
+    wanted = {"size_asserts": False, "alignment_asserts": False, "cpp_wrapper": device.type == "cpu"}
     known = torch._inductor.list_options()
-    options: dict[str, Any] = {name: False for name in ("size_asserts", "alignment_asserts") if name in known}
+    options: dict[str, Any] = {name: value for name, value in wanted.items() if name in known}
     if skip := getattr(torch.compiler, "skip_guard_on_all_nn_modules_unsafe", None):        # since torch 2.8
         options["guard_filter_fn"] = skip
     return options
@@ -186,7 +188,7 @@ class Block(nn.Module):
         return h_RWD + self.feed_forward(self.ffn_norm(h_RWD))
 
 
-class ARTransformer(nn.Module):
+class ARTransformer(nn.Module, Backbone):
     """The Backbone of discrete raster-order models; see models/base.py for slots and letters.
 
     `attention_backend` (sdpa, math, flex, xformers) may be set at any time. The module holds no run state.
@@ -200,8 +202,7 @@ class ARTransformer(nn.Module):
         self.attention_backend = "sdpa"
         self.checkpoint_blocks = False      # compute blocks again in the backward pass instead of keeping them
         self.extent_step = EXTENT_STEP
-        self._compiled: Callable[[Tensor, Window, Tensor | None], Tensor] | None = None
-        self._compiled_blocks: Callable[[Tensor, Window, Tensor | None], Tensor] | None = None
+        self._compiled: dict[str, Callable[..., Tensor]] = {}
         self.vocab_size = config.vocab_size
         self.prefix_length = config.prefix_length
         self.inject_points = len(config.inject_layers)
@@ -290,33 +291,51 @@ class ARTransformer(nn.Module):
         """h_RWD; see Backbone.step. inject_KRWD[k] is added to the residual stream before layer inject_layers[k]
         (ControlAR, conditional decoding); rows beyond the cache's first R are left alone."""
         window = cache.open(slots_RW, mask_RWW, at_RW)
-        if self._compiled is None:
-            return self._layers(x_RWD, window, inject_KRWD)
-        if window.mask_R1WS is not None and self.extent_step != sys.maxsize:
-            torch._dynamo.maybe_mark_dynamic(window.mask_R1WS, 3)
-        return self._compiled(x_RWD, window, inject_KRWD)
+        if window.mask_R1WS is not None:
+            self._any_length(window.mask_R1WS, 3)
+        return self._part("_layers")(x_RWD, window, inject_KRWD)
 
     def features(self, x_RWD: Tensor, slots_RW: Tensor, cache: Cache | SequenceCache,
                  inject_KRWD: Tensor | None = None) -> Tensor:
         """h_RWD after the last layer, before the final norm; else as `step`."""
-        blocks = self._blocks if self._compiled_blocks is None else self._compiled_blocks
-        return blocks(x_RWD, cache.open(slots_RW), inject_KRWD)
+        return self._part("_blocks")(x_RWD, cache.open(slots_RW), inject_KRWD)
+
+    def predict(self, codes_RW: Tensor, slots_RW: Tensor, cache: Cache, inject_KRWD: Tensor | None = None,
+                at_RW: Tensor | None = None) -> Tensor:
+        """See Backbone; one graph, once `compile_step` was called."""
+        columns_S = cache.advance(slots_RW, anywhere=at_RW is not None)
+        self._any_length(columns_S, 0)
+        return self._part("_pass")(codes_RW, slots_RW, columns_S, cache, inject_KRWD, at_RW)
 
     def compile_step(self, **options: Any) -> None:
-        """Compile the layers of `step` and `features` with torch.compile(fullgraph=True, **options): one graph per
-        number of rows and positions, for any number of slots on a CPU and for the whole cache elsewhere. The first pass
-        of each shape takes long. The network's settings and layers must not change afterwards: nothing looks whether
-        they did."""
+        """Compile `predict`, and the layers of `step` and `features`, with torch.compile(fullgraph=True, **options):
+        one graph per number of rows and positions, for any number of slots on a CPU and for the whole cache elsewhere.
+        The first pass of each shape takes long. The network's settings and layers must not change afterwards: nothing
+        looks whether they did."""
         if self.norm.weight.device.type == "cpu":
             build_error("draw")                     # where it cannot be built, the same draws take longer
             if self.attention_backend == "sdpa":
                 self.attention_backend = "math"     # its parts are fused; sdpa costs twice as much for few queries
         else:
             self.extent_step = sys.maxsize
-        options = options or {"options": _unchecked()}
-        self._compiled, self._compiled_blocks = (
-            torch.compile(_with_own_code(part), fullgraph=True, dynamic=False, **options)
-            for part in (self._layers, self._blocks))
+        options = options or {"options": _unchecked(self.norm.weight.device)}
+        self._compiled = {name: torch.compile(_with_own_code(getattr(self, name)), fullgraph=True, dynamic=False,
+                                              **options)
+                          for name in ("_pass", "_layers", "_blocks")}
+
+    def _part(self, name: str) -> Callable[..., Tensor]:
+        """The method of that name, compiled if it was."""
+        return self._compiled.get(name) or getattr(self, name)
+
+    def _any_length(self, tensor: Tensor, axis: int) -> None:
+        """One graph for all lengths of this axis, which is one of slots."""
+        if self._compiled and self.extent_step != sys.maxsize:
+            torch._dynamo.maybe_mark_dynamic(tensor, axis)
+
+    def _pass(self, codes_RW: Tensor, slots_RW: Tensor, columns_S: Tensor, cache: Cache, inject_KRWD: Tensor | None,
+              at_RW: Tensor | None) -> Tensor:
+        x_RWD = self.embed(codes_RW, slots_RW)
+        return self.logits(self._layers(x_RWD, cache.window(slots_RW, columns_S, at_RW=at_RW), inject_KRWD))
 
     def _layers(self, x_RWD: Tensor, window: Window, inject_KRWD: Tensor | None) -> Tensor:
         return self.norm(self._blocks(x_RWD, window, inject_KRWD))

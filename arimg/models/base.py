@@ -92,6 +92,14 @@ class Backbone(Protocol):
     def logits(self, h_RWD: Tensor) -> Tensor:
         """logits_RWV."""
 
+    def predict(self, units_RW: Tensor, slots_RW: Tensor, cache: Any, inject_KRWD: Tensor | None = None,
+                at_RW: Tensor | None = None) -> Tensor:
+        """logits_RWV of a pass over codes_RW or latents_RWC: `embed`, `step` and `logits`, which a network may do in
+        one."""
+        x_RWD = self.embed(units_RW, slots_RW if at_RW is None else at_RW)
+        places = {} if at_RW is None else {"at_RW": at_RW}
+        return self.logits(self.step(x_RWD, slots_RW, cache, inject_KRWD, **places))
+
 
 class MaskedBackbone(Protocol):
     """What a decoder may ask of a network that reads any set of known tokens (MAR). It holds no run state."""

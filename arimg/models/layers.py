@@ -154,17 +154,28 @@ class Cache:
         """Begin a pass at these slots. A query at slot s sees itself and every readable slot <= s; `mask_RWW` replaces
         that rule among the positions of the pass. `at_RW` gives the slots whose positions the entries take, where those
         written to scratch slots have other ones: they see what slot `at` would, and nothing sees them."""
-        rows, width = slots_RW.shape
-        if at_RW is not None or mask_RWW is not None and self.stop is None:
+        anywhere = at_RW is not None or mask_RWW is not None and self.stop is None
+        return self.window(slots_RW, self.advance(slots_RW, anywhere), mask_RWW, at_RW)
+
+    def advance(self, slots_RW: Tensor, anywhere: bool) -> Tensor:
+        """The part of `open` that is the host's: columns_S, the slots that a pass at these may read; `anywhere`: all
+        of them."""
+        if anywhere:
             self.reach = self.real_RS.shape[1]
         else:
-            self.reach = self.reach + width if self.stop is None else self.stop
+            self.reach = self.reach + slots_RW.shape[1] if self.stop is None else self.stop
         extent = min(-(-self.reach // self.extent_step) * self.extent_step, self.real_RS.shape[1])
+        return torch.arange(extent, device=slots_RW.device)
+
+    def window(self, slots_RW: Tensor, columns_S: Tensor, mask_RWW: Tensor | None = None,
+               at_RW: Tensor | None = None) -> Window:
+        """The rest of `open`, without a look at anything but tensors."""
+        rows, width = slots_RW.shape
         at_RW = slots_RW if at_RW is None else at_RW
         self.readable_RS[:rows].scatter_(1, slots_RW, self.real_RS[:rows].gather(1, slots_RW))
-        columns_S = torch.arange(extent, device=slots_RW.device)
         before_RWS = columns_S < at_RW[..., None]
-        mask_RWS = self.readable_RS[:rows, None, :extent] & before_RWS | (columns_S == slots_RW[..., None])
+        readable_R1S = self.readable_RS[:rows, None, :len(columns_S)]
+        mask_RWS = readable_R1S & before_RWS | (columns_S == slots_RW[..., None])
         if mask_RWW is not None:
             mask_RWS.scatter_(2, slots_RW[:, None].expand(-1, width, -1), mask_RWW)
         return Window(self, slots_RW, self.rope_SF2[at_RW], mask_RWS[:, None])

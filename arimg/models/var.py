@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from arimg.config import check_sizes
 from arimg.errors import ConfigError, InputError
-from arimg.models.base import Condition
+from arimg.models.base import Backbone, Condition
 from arimg.models.layers import Cache, SequenceCache, Window, at_least_float32, attention
 
 MAX_ATTENTION_SCALE = 100.0
@@ -205,7 +205,7 @@ class HeadNorm(nn.Module):
         return modulated(at_least_float32(h_RWD), scale_RD[:, None], shift_RD[:, None], self.eps)
 
 
-class VARTransformer(nn.Module):
+class VARTransformer(nn.Module, Backbone):
     """The Backbone of discrete next-scale models.
 
     `attention_backend` (sdpa, math, flex, xformers) may be set at any time. The module holds no run state.

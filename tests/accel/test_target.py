@@ -43,6 +43,10 @@ class Recorder:
         self.rows.append(x.shape[0])
         return self.model.step(x, *args)
 
+    def predict(self, codes_RW: Tensor, *args: Any) -> Tensor:
+        self.rows.append(codes_RW.shape[0])
+        return self.model.predict(codes_RW, *args)
+
 
 @pytest.mark.parametrize("guidance, controlled, branches", [
     (Guidance(), True, ["full"]),

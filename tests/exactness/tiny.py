@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from arimg.accel.base import DecodeRequest, Guidance, Sampling
-from arimg.models.base import Condition
+from arimg.models.base import Backbone, Condition
 
 CLASSES = 3
 NOTHING = -1        # in a cache: this slot has not been written
@@ -29,7 +29,7 @@ class TableCache:
         self.stop = stop
 
 
-class TableNet:
+class TableNet(Backbone):
     """A Backbone whose logits at a position are a row of a random table, one row for each sequence of visible codes.
 
     It refuses what base.py forbids: to read a slot that was never written, and to touch one beyond the limit.

@@ -1,0 +1,60 @@
+"""Products with 4-bit and 8-bit weights: what products.cpp reads. Letters: M rows, N outputs, K inputs, G groups of
+inputs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+GROUP = 64          # inputs that share a scale of 4-bit weights
+TILE = 16           # outputs that lie together
+LINE = 64           # bytes of a tile that lie together: 8 inputs of 4 bits, or 4 inputs of 8
+
+
+def register() -> None:
+    """Tell torch.compile the shape of the result. Called once, after the build."""
+    for name in ("int4_product", "int8_product"):
+        torch.library.register_fake(f"arimg::{name}", _shape)
+
+
+def pack_int4(codes_NK: Tensor, scale_NG: Tensor, zero_NG: Tensor) -> tuple[Tensor, Tensor]:
+    """(codes, scales) as the kernel reads them, of uint8 codes 0 .. 15 with w = scale * (code - 8) + zero; N a multiple
+    of TILE, K of GROUP.
+
+    codes (N/16, 8K): 64 bytes for each 8 inputs, byte (n, k) with the code of input k in its low and that of input
+    k + 4 in its high half. scales (N/16, G, 2, 16), bfloat16: the scales of a tile and group and then the zeros.
+    """
+    rows, columns = codes_NK.shape
+    low, high = codes_NK.view(rows // TILE, TILE, columns // 8, 2, 4).unbind(3)
+    scales_2tnG = torch.stack([scale_NG, zero_NG]).unflatten(1, (-1, TILE))
+    return _by_tiles((low | high << 4).flatten(0, 1).flatten(1)), scales_2tnG.permute(1, 3, 0, 2).bfloat16().contiguous()
+
+
+def pack_int8(codes_NK: Tensor, scale_N: Tensor) -> tuple[Tensor, Tensor]:
+    """(codes, scales) as the kernel reads them, of int8 codes -127 .. 127 with w = scale * code; N a multiple of TILE,
+    K of 4.
+
+    codes (N/16, 16K): 64 bytes for each 4 inputs, byte (n, k) with 128 + the code of input k. scales (N/16, 16).
+    """
+    return _by_tiles((codes_NK.short() + 128).to(torch.uint8)), scale_N.float().view(-1, TILE).contiguous()
+
+
+def _by_tiles(bytes_NX: Tensor) -> Tensor:
+    """(N/16, 16X): for each tile, 4 bytes of its first output, 4 of its second, and so on; then the next 4."""
+    return bytes_NX.unflatten(1, (-1, LINE // TILE)).unflatten(0, (-1, TILE)).transpose(1, 2).flatten(1)
+
+
+def int4_product(x_MK: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
+    """(M, N) float32."""
+    out_MN: Tensor = torch.ops.arimg.int4_product(x_MK.float().contiguous(), codes, scales)
+    return out_MN
+
+
+def int8_product(x_MK: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
+    """(M, N) float32."""
+    out_MN: Tensor = torch.ops.arimg.int8_product(x_MK.float().contiguous(), codes, scales)
+    return out_MN
+
+
+def _shape(x_MK: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
+    return x_MK.new_empty(len(x_MK), len(codes) * TILE)
