@@ -200,8 +200,11 @@ class Target:
         inject = self._inject(tokens_BT, self._scales)
         if inject is not None:
             inject = F.pad(inject, (0, 0, length - tokens, 0))
-        h_RPD = self._backbone.step(x_RPD, slots_RP, self._cache, inject)
-        return self._guided(self._backbone.logits(h_RPD[:, -tokens:]), tokens_BT, self._scales)
+        if tokens == length:
+            logits_RTV = self._backbone.predict(x_RPD, slots_RP, self._cache, inject)
+        else:
+            logits_RTV = self._backbone.logits(self._backbone.step(x_RPD, slots_RP, self._cache, inject)[:, -tokens:])
+        return self._guided(logits_RTV, tokens_BT, self._scales)
 
     def read_logits(self, latents_BWC: Tensor, first: int) -> Tensor:
         """As `read`, the guided logits before temperature and filters."""
@@ -210,8 +213,8 @@ class Target:
         slots_RW = tokens_BW.repeat(branches, 1)
         self._cache.limit(stop)
         self.forward_passes += 1
-        logits_RWV = self._backbone.predict(latents_BWC.repeat(branches, 1, 1), slots_RW, self._cache,
-                                            self._inject(tokens_BW, self._scales))
+        x_RWD = self._backbone.embed(latents_BWC.repeat(branches, 1, 1), slots_RW)
+        logits_RWV = self._backbone.predict(x_RWD, slots_RW, self._cache, self._inject(tokens_BW, self._scales))
         return self._guided(logits_RWV, tokens_BW, self._scales)
 
     def step_logits(self, codes_BW: Tensor, positions_BW: Tensor, reached: int = 0, stop: int | None = None,
@@ -229,8 +232,8 @@ class Target:
         if stop is not None:
             self._cache.limit(min(prefix + stop, prefix + self.request.length))
         self.forward_passes += 1
-        logits_RWV = self._backbone.predict(codes_BW.repeat(len(scales), 1), slots_RW, self._cache,
-                                            self._inject(positions_BW + 1, scales), at_RW)
+        x_RWD = self._backbone.embed(codes_BW.repeat(len(scales), 1), slots_RW if at_RW is None else at_RW)
+        logits_RWV = self._backbone.predict(x_RWD, slots_RW, self._cache, self._inject(positions_BW + 1, scales), at_RW)
         return self._guided(logits_RWV, positions_BW + 1, scales)
 
     def _inject(self, tokens_BW: Tensor, branches: Collection[str]) -> Tensor | None:

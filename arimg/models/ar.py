@@ -22,7 +22,7 @@ from arimg.errors import ConfigError, InputError
 from arimg.kernels import build_error
 from arimg.models.base import Backbone, Condition
 from arimg.models.layers import (EXTENT_STEP, MLP, Attention, Cache, RMSNorm, SequenceCache, SwiGLU, Window,
-                                 rotary_table_2d)
+                                 at_least_float32, rotary_table_2d)
 from arimg.noise import CounterNoise, Purpose
 
 
@@ -290,28 +290,26 @@ class ARTransformer(nn.Module, Backbone):
              mask_RWW: Tensor | None = None, at_RW: Tensor | None = None) -> Tensor:
         """h_RWD; see Backbone.step. inject_KRWD[k] is added to the residual stream before layer inject_layers[k]
         (ControlAR, conditional decoding); rows beyond the cache's first R are left alone."""
-        window = cache.open(slots_RW, mask_RWW, at_RW)
-        if window.mask_R1WS is not None:
-            self._any_length(window.mask_R1WS, 3)
-        return self._part("_layers")(x_RWD, window, inject_KRWD)
+        return self._layers(x_RWD, cache.open(slots_RW, mask_RWW, at_RW), inject_KRWD)
 
     def features(self, x_RWD: Tensor, slots_RW: Tensor, cache: Cache | SequenceCache,
                  inject_KRWD: Tensor | None = None) -> Tensor:
         """h_RWD after the last layer, before the final norm; else as `step`."""
-        return self._part("_blocks")(x_RWD, cache.open(slots_RW), inject_KRWD)
+        return self._compiled.get("_blocks", self._blocks)(x_RWD, cache.open(slots_RW), inject_KRWD)
 
-    def predict(self, codes_RW: Tensor, slots_RW: Tensor, cache: Cache, inject_KRWD: Tensor | None = None,
+    def predict(self, x_RWD: Tensor, slots_RW: Tensor, cache: Cache, inject_KRWD: Tensor | None = None,
                 at_RW: Tensor | None = None) -> Tensor:
-        """See Backbone; one graph, once `compile_step` was called."""
+        """See Backbone; float32 at least."""
         columns_S = cache.advance(slots_RW, anywhere=at_RW is not None)
-        self._any_length(columns_S, 0)
-        return self._part("_pass")(codes_RW, slots_RW, columns_S, cache, inject_KRWD, at_RW)
+        if self._compiled and self.extent_step != sys.maxsize:
+            torch._dynamo.maybe_mark_dynamic(columns_S, 0)          # one graph for all lengths
+        return self._compiled.get("_pass", self._pass)(x_RWD, slots_RW, columns_S, cache, inject_KRWD, at_RW)
 
     def compile_step(self, **options: Any) -> None:
-        """Compile `predict`, and the layers of `step` and `features`, with torch.compile(fullgraph=True, **options):
-        one graph per number of rows and positions, for any number of slots on a CPU and for the whole cache elsewhere.
-        The first pass of each shape takes long. The network's settings and layers must not change afterwards: nothing
-        looks whether they did."""
+        """Compile `predict` and the layers of `features` with torch.compile(fullgraph=True, **options): one graph per
+        number of rows and positions, for any number of slots on a CPU and for the whole cache elsewhere. The first pass
+        of each shape takes long. The network's settings and layers must not change afterwards: nothing looks whether
+        they did."""
         if self.norm.weight.device.type == "cpu":
             build_error("draw")                     # where it cannot be built, the same draws take longer
             if self.attention_backend == "sdpa":
@@ -321,21 +319,12 @@ class ARTransformer(nn.Module, Backbone):
         options = options or {"options": _unchecked(self.norm.weight.device)}
         self._compiled = {name: torch.compile(_with_own_code(getattr(self, name)), fullgraph=True, dynamic=False,
                                               **options)
-                          for name in ("_pass", "_layers", "_blocks")}
+                          for name in ("_pass", "_blocks")}
 
-    def _part(self, name: str) -> Callable[..., Tensor]:
-        """The method of that name, compiled if it was."""
-        return self._compiled.get(name) or getattr(self, name)
-
-    def _any_length(self, tensor: Tensor, axis: int) -> None:
-        """One graph for all lengths of this axis, which is one of slots."""
-        if self._compiled and self.extent_step != sys.maxsize:
-            torch._dynamo.maybe_mark_dynamic(tensor, axis)
-
-    def _pass(self, codes_RW: Tensor, slots_RW: Tensor, columns_S: Tensor, cache: Cache, inject_KRWD: Tensor | None,
+    def _pass(self, x_RWD: Tensor, slots_RW: Tensor, columns_S: Tensor, cache: Cache, inject_KRWD: Tensor | None,
               at_RW: Tensor | None) -> Tensor:
-        x_RWD = self.embed(codes_RW, slots_RW)
-        return self.logits(self._layers(x_RWD, cache.window(slots_RW, columns_S, at_RW=at_RW), inject_KRWD))
+        window = cache.window(slots_RW, columns_S, at_RW=at_RW)
+        return at_least_float32(self.logits(self._layers(x_RWD, window, inject_KRWD)))
 
     def _layers(self, x_RWD: Tensor, window: Window, inject_KRWD: Tensor | None) -> Tensor:
         return self.norm(self._blocks(x_RWD, window, inject_KRWD))

@@ -92,11 +92,9 @@ class Backbone(Protocol):
     def logits(self, h_RWD: Tensor) -> Tensor:
         """logits_RWV."""
 
-    def predict(self, units_RW: Tensor, slots_RW: Tensor, cache: Any, inject_KRWD: Tensor | None = None,
+    def predict(self, x_RWD: Tensor, slots_RW: Tensor, cache: Any, inject_KRWD: Tensor | None = None,
                 at_RW: Tensor | None = None) -> Tensor:
-        """logits_RWV of a pass over codes_RW or latents_RWC: `embed`, `step` and `logits`, which a network may do in
-        one."""
-        x_RWD = self.embed(units_RW, slots_RW if at_RW is None else at_RW)
+        """logits_RWV of a pass: `step` and `logits`, which a network may do in one."""
         places = {} if at_RW is None else {"at_RW": at_RW}
         return self.logits(self.step(x_RWD, slots_RW, cache, inject_KRWD, **places))
 

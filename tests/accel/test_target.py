@@ -43,9 +43,9 @@ class Recorder:
         self.rows.append(x.shape[0])
         return self.model.step(x, *args)
 
-    def predict(self, codes_RW: Tensor, *args: Any) -> Tensor:
-        self.rows.append(codes_RW.shape[0])
-        return self.model.predict(codes_RW, *args)
+    def predict(self, x: Tensor, *args: Any) -> Tensor:
+        self.rows.append(x.shape[0])
+        return self.model.predict(x, *args)
 
 
 @pytest.mark.parametrize("guidance, controlled, branches", [
