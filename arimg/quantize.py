@@ -293,7 +293,8 @@ def _try_products() -> None:
 
 
 def _try_int8_with_digits() -> None:
-    _product_int8_digits(torch.ones(1, GROUP), _pack_int8_digits(torch.ones(16, GROUP, dtype=torch.int8), torch.ones(16)))
+    codes_NK = torch.ones(16, GROUP, dtype=torch.int8)
+    _product_int8_digits(torch.ones(1, GROUP), _pack_int8_digits(codes_NK, torch.ones(16)))
 
 
 def _try_int8_with_bfloat16() -> None:

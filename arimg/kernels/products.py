@@ -26,8 +26,8 @@ def pack_int4(codes_NK: Tensor, scale_NG: Tensor, zero_NG: Tensor) -> tuple[Tens
     """
     rows, columns = codes_NK.shape
     low, high = codes_NK.view(rows // TILE, TILE, columns // 8, 2, 4).unbind(3)
-    scales_2tnG = torch.stack([scale_NG, zero_NG]).unflatten(1, (-1, TILE))
-    return _by_tiles((low | high << 4).flatten(0, 1).flatten(1)), scales_2tnG.permute(1, 3, 0, 2).bfloat16().contiguous()
+    scales_2tnG = torch.stack([scale_NG, zero_NG]).unflatten(1, (-1, TILE)).bfloat16()
+    return _by_tiles((low | high << 4).view(rows, -1)), scales_2tnG.permute(1, 3, 0, 2).contiguous()
 
 
 def pack_int8(codes_NK: Tensor, scale_N: Tensor) -> tuple[Tensor, Tensor]:
