@@ -189,7 +189,7 @@ class Target:
         branches, length = len(self._scales), self._backbone.prefix_length
         tokens = length if self._by_scale else 1                # that the prefix predicts
         x_RPD = self._backbone.prefix(self._condition)
-        slots_RP = torch.arange(length, device=x_RPD.device).expand(x_RPD.shape[0], -1)
+        slots_RP = torch.arange(length, device=x_RPD.device).repeat(x_RPD.shape[0], 1)
         self._leaves = leaves
         scratch: dict[str, Any] = {"scratch": leaves} if leaves else {}
         slots = self.request.length + (0 if self._by_scale else length)
