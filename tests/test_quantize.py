@@ -130,11 +130,14 @@ def test_jacobi_paints_the_codes_of_plain_decoding(name: str) -> None:
         assert torch.equal(codes(Jacobi(window)), codes(PlainAR()))
 
 
-needs_kernel = pytest.mark.skipif(build_error("products") is not None,
-                                  reason=f"the kernel cannot be built here: {build_error('products')}")
+@pytest.fixture
+def kernel() -> None:
+    """Our own, or the reason why there is none."""
+    if reason := build_error("products"):
+        pytest.skip(f"the kernel cannot be built here: {reason}")
 
 
-@needs_kernel
+@pytest.mark.usefixtures("kernel")
 def test_products_and_rounding_of_our_int4_kernel() -> None:
     """Exact for whole activations, with 1 to 7 rows; others move by half a step of their group at most."""
     generator = torch.Generator().manual_seed(0)
@@ -152,7 +155,7 @@ def test_products_and_rounding_of_our_int4_kernel() -> None:
     assert bool((moved_MN <= 1.001 * half_MK @ weight_NK.abs().T + 1e-4).all()) and float(moved_MN.max()) > 1e-3
 
 
-@needs_kernel
+@pytest.mark.usefixtures("kernel")
 def test_products_and_rounding_of_our_int8_kernel() -> None:
     """Activations move by half a step of their row's second digit at most, whatever the codes, with 1 to 7 rows."""
     generator = torch.Generator().manual_seed(0)

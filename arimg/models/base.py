@@ -95,8 +95,7 @@ class Backbone(Protocol):
     def predict(self, x_RWD: Tensor, slots_RW: Tensor, cache: Any, inject_KRWD: Tensor | None = None,
                 at_RW: Tensor | None = None) -> Tensor:
         """logits_RWV of a pass: `step` and `logits`, which a network may do in one."""
-        places = {} if at_RW is None else {"at_RW": at_RW}
-        return self.logits(self.step(x_RWD, slots_RW, cache, inject_KRWD, **places))
+        return self.logits(self.step(x_RWD, slots_RW, cache, inject_KRWD, at_RW=at_RW))
 
 
 class MaskedBackbone(Protocol):

@@ -19,7 +19,7 @@ from arimg.errors import UnknownNameError
 
 log = logging.getLogger("arimg")
 
-EXTENT_STEP = 32    # passes read the cache in multiples of this many slots, so compiled kernels see few shapes
+EXTENT_STEP = 64    # passes read the cache in multiples of this many slots, so compiled kernels see few shapes
 
 
 def at_least_float32(x: Tensor) -> Tensor:

@@ -129,7 +129,7 @@ def empty_cache(rows: int = 2, slots: int = 200) -> Cache:
 
 def test_cache_reads_no_unwritten_tail() -> None:
     cache = empty_cache()
-    for slot, extent in ((0, 32), (31, 32), (32, 64), (199, 200)):
+    for slot, extent in ((0, 64), (63, 64), (64, 128), (199, 200)):
         cache.reach = slot
         window = cache.open(torch.full((2, 1), slot))
         assert window.mask_R1WS is not None and window.mask_R1WS.shape == (2, 1, 1, extent)
