@@ -3,7 +3,8 @@
 fp16: the weight, rounded. int8: w = scale_n * code, one scale per output channel, and activations in two digits of 7
 bits. int4: w = scale * (code - 8) + zero for groups of 64 inputs, and activations in 8 bits per row and group. int8 and
 int4 multiply whole numbers, whose sums are exact: a row's result depends on no other row and not on how many there are
-(kernels/products.cpp).
+(kernels/products.cpp). Of such networks the attention keeps rows apart as well (kernels/attention.cpp): rounding would
+make another number of a sum in another order, and wide passes would have other laws than narrow ones.
 
 All three are the reading of fewer bytes, which is the time of a narrow pass (docs/bench.md). A kernel that does not run
 here is replaced by a slower one, with a notice.
@@ -44,6 +45,7 @@ class WeightOnlyLinear(nn.Module):
         self.numbers = linear.weight.numel()            # of weights
         self.stored_bytes = int(self.numbers * bits / 8)
         self.bias = linear.bias
+        self.exact = False                              # whether a row's result depends on no other row, bit by bit
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) to (..., out), of the input's dtype."""
@@ -136,9 +138,10 @@ class Int8Linear(WeightOnlyLinear):
         self.kernel: Callable[..., Tensor]
         self.weights: tuple[Any, ...]
         if self.out_features % TILE == 0 and self.in_features % 4 == 0 and _runs("int8"):
-            self.kernel, self.weights = int8_product, pack_int8(codes_NK, scale_N)
+            self.exact, self.kernel, self.weights = True, int8_product, pack_int8(codes_NK, scale_N)
         elif _runs("int8 with digits"):
-            self.kernel, self.weights = _product_int8_digits, (_pack_int8_digits(codes_NK, scale_N),)
+            self.exact, self.kernel = True, _product_int8_digits
+            self.weights = (_pack_int8_digits(codes_NK, scale_N),)
         else:
             self.kernel, self.weights = _product_int8_floats, (codes_NK, scale_N)
 
@@ -191,7 +194,7 @@ class Int4Linear(WeightOnlyLinear):
         codes_NK = codes_NGg.flatten(1).to(torch.uint8)
         self.kernel: Callable[[Tensor, Tensor, Tensor], Tensor]
         if _runs("int4"):
-            self.kernel = int4_product
+            self.exact, self.kernel = True, int4_product
             self.codes, self.scales = pack_int4(codes_NK, scale_NG, zero_NG)
             return
         self.scales = torch.stack([scale_NG.t(), zero_NG.t()], dim=-1).bfloat16().contiguous()      # (G, N, 2)
@@ -254,7 +257,25 @@ def quantize(network: nn.Module, name: str) -> nn.Module:
     for key in HEADS:
         if isinstance(head := getattr(network, key, None), nn.Linear):
             setattr(network, key, HalfLinear(head) if name == "fp16" else Int8Linear(head))
+    if name != "fp16":
+        _keep_rows_apart(network, blocks)
     return network
+
+
+def _keep_rows_apart(network: nn.Module, blocks: nn.ModuleList) -> None:
+    """Let `network.exact` say whether passes of any width have the same laws, and make it so if this machine can. Keys
+    and values are then kept in 16 bits, as half of the numbers that a narrow pass reads are theirs."""
+    reason = build_error("attention")
+    linears = [layer for layer in blocks.modules() if isinstance(layer, (nn.Linear, WeightOnlyLinear))]
+    exact = reason is None and all(getattr(linear, "exact", False) for linear in linears)
+    settings: dict[str, object] = {"exact": exact} if reason else {"exact": exact, "attention_backend": "exact"}
+    if reason is None and hasattr(network, "kv_dtype"):
+        settings["kv_dtype"] = torch.bfloat16
+    for key, value in settings.items():
+        setattr(network, key, value)
+    if not exact:
+        why = f"the kernel for attention does not run here ({reason})" if reason else "not all products are exact"
+        log.warning("quantisation: %s; decoders that promise the codes of plain decoding keep that nearly", why)
 
 
 def weight_sizes(network: nn.Module) -> tuple[int, int]:

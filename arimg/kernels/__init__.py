@@ -13,7 +13,7 @@ from pathlib import Path
 log = logging.getLogger("arimg")
 
 _FOLDER = Path(__file__).parent
-_FLAGS = ("-ftree-loop-vectorize", "-ffp-contract=fast")    # off in torch.compile, which writes its loops as vectors
+_FLAGS = ("-ftree-loop-vectorize",)     # off in torch.compile, which writes its loops as vectors
 _READY: set[str] = set()
 
 

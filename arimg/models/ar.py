@@ -191,7 +191,8 @@ class Block(nn.Module):
 class ARTransformer(nn.Module, Backbone):
     """The Backbone of discrete raster-order models; see models/base.py for slots and letters.
 
-    `attention_backend` (sdpa, math, flex, xformers) may be set at any time. The module holds no run state.
+    `attention_backend` (see `attention`) and `kv_dtype` (that of keys and values that are kept; None = the weights')
+    may be set at any time. The module holds no run state.
     """
 
     codebook: Tensor
@@ -200,6 +201,7 @@ class ARTransformer(nn.Module, Backbone):
         super().__init__()
         self.config = config
         self.attention_backend = "sdpa"
+        self.kv_dtype: torch.dtype | None = None
         self.checkpoint_blocks = False      # compute blocks again in the backward pass instead of keeping them
         self.extent_step = EXTENT_STEP
         self._compiled: dict[str, Callable[..., Tensor]] = {}
@@ -262,10 +264,9 @@ class ARTransformer(nn.Module, Backbone):
             return SequenceCache(rope_SF2, real_RS)
         weight = self.norm.weight
         shape = (rows, self.config.key_heads, slots, self.config.head_dim)
+        keys, values = ([weight.new_zeros(shape, dtype=self.kv_dtype) for _ in self.layers] for _ in range(2))
         empty_RS = torch.zeros(rows, slots, dtype=torch.bool, device=weight.device)
-        return Cache(rope_SF2, ~empty_RS if real_RS is None else real_RS, empty_RS,
-                     keys=[weight.new_zeros(shape) for _ in self.layers],
-                     values=[weight.new_zeros(shape) for _ in self.layers], extent_step=self.extent_step)
+        return Cache(rope_SF2, ~empty_RS if real_RS is None else real_RS, empty_RS, keys, values, self.extent_step)
 
     def prefix(self, condition: Condition) -> Tensor:
         """x_RPD: the class row or the caption rows."""
@@ -312,8 +313,9 @@ class ARTransformer(nn.Module, Backbone):
         they did."""
         if self.norm.weight.device.type == "cpu":
             build_error("draw")                     # where it cannot be built, the same draws take longer
-            if self.attention_backend == "sdpa":
-                self.attention_backend = "math"     # its parts are fused; sdpa costs twice as much for few queries
+            if self.attention_backend == "sdpa":        # takes twice as long for few queries
+                exact = self.norm.weight.dtype != torch.float64 and build_error("attention") is None
+                self.attention_backend = "exact" if exact else "math"
         else:
             self.extent_step = sys.maxsize
         options = options or {"options": _unchecked(self.norm.weight.device)}

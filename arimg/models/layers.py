@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from arimg.errors import UnknownNameError
+from arimg.kernels import build_error
+from arimg.kernels.attention import exact_attention
 
 log = logging.getLogger("arimg")
 
@@ -231,34 +233,38 @@ class Attention(nn.Module):
         qk_RWNE, v_RWGE = qkv_RWNE.split([self.heads + self.kv_heads, self.kv_heads], dim=2)
         q_RWHE, k_RWGE = rotate(qk_RWNE, window.table_RWF2).split([self.heads, self.kv_heads], dim=2)
         k_RGSE, v_RGSE = window.exchange(self.layer, k_RWGE, v_RWGE)
-        q_RHWE = q_RWHE.to(k_RGSE.dtype).transpose(1, 2)
-        out_RHWE = attention(q_RHWE, k_RGSE, v_RGSE, window.mask_R1WS, causal=window.mask_R1WS is None, backend=backend)
+        mask_R1WS = window.mask_R1WS
+        out_RHWE = attention(q_RWHE.transpose(1, 2), k_RGSE, v_RGSE, mask_R1WS, mask_R1WS is None, backend)
         return self.dropout(self.wo(out_RHWE.transpose(1, 2).flatten(-2)))
 
 
 def attention(q_RHWE: Tensor, k_RGSE: Tensor, v_RGSE: Tensor, mask: Tensor | None = None, causal: bool = False,
               backend: str = "sdpa") -> Tensor:
-    """softmax(q k^T / sqrt(E)) v -> (R, H, W, E); query head h reads key head h // (H/G).
+    """softmax(q k^T / sqrt(E)) v -> (R, H, W, E) of q's dtype; query head h reads key head h // (H/G).
 
-    `mask` is bool, True = visible, broadcastable to (R, H, W, S); `causal` needs W == S. `backend` is one of sdpa (the
-    reference), math, flex, xformers; one that cannot run here is replaced by sdpa with one warning per reason. Raises
-    UnknownNameError.
+    `mask` is bool, True = visible, broadcastable to (R, 1, W, S); `causal` needs W == S. `backend` is one of sdpa (the
+    reference), exact (kernels/attention.py), math, flex, xformers; one that cannot run here is replaced by sdpa with
+    one warning per reason. Raises UnknownNameError.
     """
     if backend not in _BACKENDS:
         raise UnknownNameError("attention backend", backend, _BACKENDS)
     if reason := _obstacle(backend, q_RHWE):
         _warn_once(backend, reason)
         backend = "sdpa"
+    if backend == "exact":
+        return _exact(q_RHWE, k_RGSE, v_RGSE, mask, causal)
     groups = q_RHWE.shape[1] // k_RGSE.shape[1]
     if groups > 1:
         k_RGSE, v_RGSE = k_RGSE.repeat_interleave(groups, dim=1), v_RGSE.repeat_interleave(groups, dim=1)
-    return _BACKENDS[backend](q_RHWE, k_RGSE, v_RGSE, mask, causal)
+    return _BACKENDS[backend](q_RHWE.to(k_RGSE.dtype), k_RGSE, v_RGSE, mask, causal).to(q_RHWE.dtype)
 
 
 def _obstacle(backend: str, q: Tensor) -> str | None:
     """Why `backend` cannot run on these tensors; None when it can."""
     if backend in ("sdpa", "math"):
         return None
+    if backend == "exact":
+        return None if torch.compiler.is_compiling() else _obstacle_to_exact(q)
     if q.device.type != "cuda":
         return f"it needs a CUDA device, the tensors are on {q.device.type}"
     if q.dtype == torch.float64:
@@ -266,6 +272,16 @@ def _obstacle(backend: str, q: Tensor) -> str | None:
     if backend == "xformers" and find_spec("xformers") is None:
         return "xformers is not installed; type: pip install 'arimg[xformers]'"
     return None
+
+
+def _obstacle_to_exact(q: Tensor) -> str | None:
+    if q.device.type != "cpu":
+        return f"it is made for CPUs, the tensors are on {q.device.type}"
+    if q.dtype == torch.float64:
+        return "it computes in float32"
+    if torch.is_grad_enabled() and q.requires_grad:
+        return "it has no gradient"
+    return build_error("attention")
 
 
 @cache
@@ -290,6 +306,11 @@ def _math(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) ->
         scores = scores + torch.zeros_like(visible, dtype=scores.dtype).masked_fill(~visible, float("-inf"))
     weights = (scores - scores.amax(-1, keepdim=True).detach()).exp()   # divided by their sum last, once per channel
     return (weights @ v / weights.sum(-1, keepdim=True)).to(q.dtype)
+
+
+def _exact(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+    visible = mask if causal or mask is not None else torch.ones(1, 1, 1, 1, dtype=torch.bool, device=q.device)
+    return exact_attention(q, k, v, visible).to(q.dtype)
 
 
 @cache
@@ -320,4 +341,4 @@ def _xformers(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool
     return out.transpose(1, 2)
 
 
-_BACKENDS = {"sdpa": _sdpa, "math": _math, "flex": _flex, "xformers": _xformers}
+_BACKENDS = {"sdpa": _sdpa, "exact": _exact, "math": _math, "flex": _flex, "xformers": _xformers}

@@ -109,7 +109,8 @@ class ARStudent(nn.Module):
         """Compile the layers, see ARTransformer.compile_step."""
         backend = self.backbone.attention_backend
         self.backbone.compile_step(**options)
-        self.backbone.attention_backend = backend       # "math" is for passes of few positions
+        if self.backbone.attention_backend == "math":       # which is for passes of few positions
+            self.backbone.attention_backend = backend
 
     def forward(self, latents_BLC: Tensor, clean_B: Tensor, condition: Condition, grid: tuple[int, int],
                 inject_KBLD: Tensor | None = None) -> StudentOutput:

@@ -208,7 +208,7 @@ class HeadNorm(nn.Module):
 class VARTransformer(nn.Module, Backbone):
     """The Backbone of discrete next-scale models.
 
-    `attention_backend` (sdpa, math, flex, xformers) may be set at any time. The module holds no run state.
+    `attention_backend` (see `attention`) may be set at any time. The module holds no run state.
     """
 
     order: ClassVar[str] = "scales"
