@@ -281,9 +281,11 @@ def _keep_rows_apart(network: nn.Module, blocks: nn.ModuleList) -> None:
 def weight_sizes(network: nn.Module) -> tuple[int, int]:
     """(bytes, numbers) of the weights that one pass reads: all parameters and buffers but the embedding tables, of
     which it looks up single rows."""
-    tables = {id(module.weight) for module in network.modules() if isinstance(module, nn.Embedding)}
-    read = [weight for weight in (*network.parameters(), *network.buffers()) if id(weight) not in tables]
-    small = [module for module in network.modules() if isinstance(module, WeightOnlyLinear)]
+    modules = list(network.modules())           # walked once, as every decode asks
+    tables = {id(module.weight) for module in modules if isinstance(module, nn.Embedding)}
+    found = [weight for module in modules for weight in (*module._parameters.values(), *module._buffers.values())]
+    read = {id(weight): weight for weight in found if weight is not None and id(weight) not in tables}.values()
+    small = [module for module in modules if isinstance(module, WeightOnlyLinear)]
     return (sum(weight.nbytes for weight in read) + sum(module.stored_bytes for module in small),
             sum(weight.numel() for weight in read) + sum(module.numbers for module in small))
 

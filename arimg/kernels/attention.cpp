@@ -1,8 +1,10 @@
 // Attention in float32, over keys and values in float32 or bfloat16: torch.ops.arimg.attention. Built by
 // kernels/__init__.py.
 //
-// A query takes its slots in their order, in vectors that begin at slot 0: what it gets depends neither on how many
-// queries there are beside it nor on how many slots behind those it sees.
+// Under a mask, as passes over a cache have one, a query takes its slots in their order, in vectors that begin at slot 0:
+// what it gets depends neither on how many queries there are beside it nor on how many slots behind those it sees.
+//
+// Without one a whole sequence is read at once. Then keys are turned first, and scores are products of matrices.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -37,7 +39,8 @@ inline Floats read(const T* from, int64_t count = LANES) {
   }
 }
 
-inline int64_t whole(int64_t count) { return (count + LANES - 1) / LANES * LANES; }
+// Slots in whole pairs of vectors.
+inline int64_t whole(int64_t count) { return (count + 2 * LANES - 1) / (2 * LANES) * (2 * LANES); }
 
 template <int64_t COUNT>
 using Constant = std::integral_constant<int64_t, COUNT>;
@@ -167,10 +170,37 @@ struct Head {
 // Queries of a head, QUERIES at a time.
 struct Block {
   int64_t slots, size;
-  std::vector<float> queries, scores;
+  std::vector<float> queries, scores, turned;  // (QUERIES, size), (QUERIES, whole(slots)), (size, whole(slots))
 
   Block(int64_t slots_, int64_t size_)
       : slots(slots_), size(size_), queries(QUERIES * size), scores(QUERIES * whole(slots)) {}
+
+  template <typename T>
+  void turn(const Head<T>& head) {
+    turned.assign(size * whole(slots), 0.0f);
+    for (int64_t s = 0; s < slots; s += LANES)
+      for (int64_t c = 0; c < size; c++)
+        for (int64_t i = s; i < std::min(s + LANES, slots); i++)
+          turned[c * whole(slots) + i] = head.keys[i * head.key_stride + c];
+  }
+
+  // The scores of all QUERIES with the turned keys of slots 0 .. stop - 1.
+  void score_turned(int64_t stop) {
+    for (int64_t s = 0; s < stop; s += 2 * LANES) {
+      Floats sums[QUERIES][2];
+      for (auto& pair : sums) pair[0] = pair[1] = Floats(0.0f);
+      for (int64_t c = 0; c < size; c++) {
+        const float* at = turned.data() + c * whole(slots) + s;
+        const Floats keys[2] = {read(at), read(at + LANES)};
+        for (int64_t q = 0; q < QUERIES; q++) {
+          const Floats query(queries[q * size + c]);
+          for (int v = 0; v < 2; v++) sums[q][v] = at::vec::fmadd(query, keys[v], sums[q][v]);
+        }
+      }
+      for (int64_t q = 0; q < QUERIES; q++)
+        for (int v = 0; v < 2; v++) sums[q][v].store(scores.data() + q * whole(slots) + s + v * LANES);
+    }
+  }
 
   // Queries first .. first + rows - 1.
   template <typename T>
@@ -183,8 +213,12 @@ struct Block {
       stop = std::max(stop, reaches[q] = head.reach(first + q));
       for (int64_t c = 0; c < size; c++) queries[q * size + c] = given[(first + q) * stride + c] * scale;
     }
-    std::fill(scores.begin(), scores.end(), 0.0f);
-    for (int64_t s = 0; s < stop; s += LANES) head.score_slots(queries.data(), rows, s, scores.data());
+    if (head.mask == nullptr) {
+      score_turned(stop);
+    } else {
+      std::fill(scores.begin(), scores.end(), 0.0f);
+      for (int64_t s = 0; s < stop; s += LANES) head.score_slots(queries.data(), rows, s, scores.data());
+    }
     for (int64_t q = 0; q < rows; q++)
       totals[q] = soften(head.visible(first + q), reaches[q], whole(stop), scores.data() + q * whole(slots));
     head.mix_slots(scores.data(), totals, reaches, rows, stop, out + first * out_stride, out_stride);
@@ -205,6 +239,7 @@ void attend(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const
       const Head<T> head{k.const_data_ptr<T>() + at(k, h / group), v.const_data_ptr<T>() + at(v, h / group),
                          k.stride(2), v.stride(2), slots, size,
                          mask ? mask->const_data_ptr<bool>() + at(*mask, 0) : nullptr, mask ? mask->stride(2) : 0};
+      if (!mask && (i == begin || first == 0)) block.turn(head);
       block.attend(head, q.const_data_ptr<float>() + at(q, h), q.stride(2), first, std::min(QUERIES, width - first),
                    out.data_ptr<float>() + (r * width * heads + h) * size, heads * size);
     }
