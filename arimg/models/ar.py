@@ -100,7 +100,8 @@ def rotary_table(config: ARConfig, grid: tuple[int, int], device: torch.device |
 def _unchecked(device: torch.device) -> dict[str, Any]:
     """Options of torch.compile: a pass does not look again at the network and at sizes that follow from its input's. On
     a CPU it calls its kernels from C++, which takes a tenth off a step of LlamaGen-B (docs/bench.md)."""
-    wanted = {"size_asserts": False, "alignment_asserts": False, "cpp_wrapper": device.type == "cpu"}
+    wanted = {"size_asserts": False, "alignment_asserts": False, "cpp_wrapper": device.type == "cpu",
+              "cpp.min_chunk_size": 4096}         # elements that are worth a thread
     known = torch._inductor.list_options()
     options: dict[str, Any] = {name: value for name, value in wanted.items() if name in known}
     if skip := getattr(torch.compiler, "skip_guard_on_all_nn_modules_unsafe", None):        # since torch 2.8
