@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import cache, partial
 from itertools import count
 from typing import Any
 from weakref import WeakValueDictionary
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from arimg.errors import CheckpointError, InputError, UnknownNameError
 from arimg.kernels import build_error
-from arimg.kernels.products import GROUP, TILE, int4_product, int8_product, pack_int4, pack_int8
+from arimg.kernels.products import GROUP, TILE, KeptWeight, pack_int4, pack_int8
 
 log = logging.getLogger("arimg")
 
@@ -135,19 +135,17 @@ class Int8Linear(WeightOnlyLinear):
         weight_NK = linear.weight.detach().float()
         scale_N = weight_NK.abs().amax(1).clamp_min(1e-12) / 127
         codes_NK = (weight_NK / scale_N[:, None]).round().to(torch.int8)
-        self.kernel: Callable[..., Tensor]
-        self.weights: tuple[Any, ...]
+        self.kernel: Callable[[Tensor], Tensor]
         if self.out_features % TILE == 0 and self.in_features % 4 == 0 and _runs("int8"):
-            self.exact, self.kernel, self.weights = True, int8_product, pack_int8(codes_NK, scale_N)
+            self.exact, self.kernel = True, KeptWeight(*pack_int8(codes_NK, scale_N))
         elif _runs("int8 with digits"):
-            self.exact, self.kernel = True, _product_int8_digits
-            self.weights = (_pack_int8_digits(codes_NK, scale_N),)
+            self.exact, self.kernel = True, partial(_product_int8_digits, packed=_pack_int8_digits(codes_NK, scale_N))
         else:
-            self.kernel, self.weights = _product_int8_floats, (codes_NK, scale_N)
+            self.kernel = partial(_product_int8_floats, codes_NK=codes_NK, scale_N=scale_N)
 
     def product(self, x_MK: Tensor) -> Tensor:
         """See WeightOnlyLinear."""
-        return self.kernel(x_MK, *self.weights)
+        return self.kernel(x_MK)
 
 
 def _pack_int8_digits(codes_NK: Tensor, scale_N: Tensor) -> PackedWeight:
@@ -192,21 +190,20 @@ class Int4Linear(WeightOnlyLinear):
         zero_NG = (low_NG + 8 * scale_NG).bfloat16().float()
         codes_NGg = ((weight_NGg - zero_NG[..., None]) / scale_NG[..., None] + 8).round().clamp(0, 15)
         codes_NK = codes_NGg.flatten(1).to(torch.uint8)
-        self.kernel: Callable[[Tensor, Tensor, Tensor], Tensor]
+        self.kernel: Callable[[Tensor], Tensor]
         if _runs("int4"):
-            self.exact, self.kernel = True, int4_product
-            self.codes, self.scales = pack_int4(codes_NK, scale_NG, zero_NG)
+            self.exact, self.kernel = True, KeptWeight(*pack_int4(codes_NK, scale_NG, zero_NG))
             return
-        self.scales = torch.stack([scale_NG.t(), zero_NG.t()], dim=-1).bfloat16().contiguous()      # (G, N, 2)
+        scales_GN2 = torch.stack([scale_NG.t(), zero_NG.t()], dim=-1).bfloat16().contiguous()
         if _runs("int4 with bfloat16"):
-            self.kernel = _product_int4_bfloat16
-            self.codes = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes_NK.int(), 1)
+            codes = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes_NK.int(), 1)
+            self.kernel = partial(_product_int4_bfloat16, codes=codes, scales_GN2=scales_GN2)
         else:
-            self.kernel, self.codes = _product_int4_floats, codes_NK
+            self.kernel = partial(_product_int4_floats, codes_NK=codes_NK, scales_GN2=scales_GN2)
 
     def product(self, x_MK: Tensor) -> Tensor:
         """See WeightOnlyLinear."""
-        return self.kernel(x_MK, self.codes, self.scales)
+        return self.kernel(x_MK)
 
 
 def _product_int4_bfloat16(x_MK: Tensor, codes: Tensor, scales_GN2: Tensor) -> Tensor:

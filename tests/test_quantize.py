@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from arimg.accel.jacobi import Jacobi
 from arimg.accel.target import Target
 from arimg.errors import CheckpointError, InputError, UnknownNameError
 from arimg.kernels import build_error
-from arimg.kernels.products import int4_product, int8_product, pack_int4, pack_int8
+from arimg.kernels.products import KeptWeight, int4_product, int8_product, pack_int4, pack_int8
 from arimg.models.ar import ARTransformer
 from arimg.pipeline import Pipeline
 from arimg.quantize import QUANTIZED, HalfLinear, Int8Linear, WeightOnlyLinear, quantize, weight_sizes
@@ -171,6 +172,20 @@ def test_products_and_rounding_of_our_int8_kernel() -> None:
         moved_MN = (int8_product(x_MK, *packed) - exact_MN).abs()
         assert bool((moved_MN <= 1.001 * half_M1 * weight_NK.abs().sum(1) + 1e-6 * exact_MN.abs()).all())
         assert bool((moved_MN > 0).any())
+
+
+@pytest.mark.usefixtures("kernel")
+def test_weights_live_as_long_as_the_layers_that_have_them() -> None:
+    codes_NK = torch.arange(48 * 64).view(48, 64).remainder(251).sub(125).to(torch.int8)
+    packed, x_MK = pack_int8(codes_NK, torch.ones(48)), rows(3)[:, :64]
+    weight = KeptWeight(*packed)
+    number, copied = weight.number, copy.deepcopy(weight)
+    assert torch.equal(weight(x_MK), int8_product(x_MK.contiguous(), *packed))
+    del weight
+    copied(x_MK)
+    del copied
+    with pytest.raises(RuntimeError, match=f"no such weights: {number}"):
+        torch.ops.arimg.kept_product(x_MK.contiguous(), number, 48)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

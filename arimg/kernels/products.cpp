@@ -1,5 +1,5 @@
-// Products with 4-bit and 8-bit weights on x86: torch.ops.arimg.int4_product and int8_product. Built by
-// kernels/__init__.py. How codes and scales lie in memory: kernels/products.py.
+// Products with 4-bit and 8-bit weights on x86: torch.ops.arimg.int4_product and int8_product, and kept_product, which
+// knows its weights by a number. Built by kernels/__init__.py. How codes and scales lie in memory: kernels/products.py.
 //
 // 4 bits. With w_nk = scale_gn * (code_nk - 8) + zero_gn and x_mk = step_mg * q_mk, |q| <= 127 whole, in groups g of 64
 // inputs:
@@ -23,6 +23,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <mutex>
 #include <vector>
 
 #ifndef __AVX2__
@@ -222,9 +223,44 @@ at::Tensor int8_product(const at::Tensor& x, const at::Tensor& codes, const at::
   return product<Digits, float>(x, codes, scales, x.size(1) * TILE);
 }
 
+struct Weights {
+  at::Tensor codes, scales;
+};
+
+std::mutex guard;
+std::vector<Weights> kept;  // by number
+
+int64_t keep_weights(const at::Tensor& codes, const at::Tensor& scales) {
+  const std::lock_guard<std::mutex> lock(guard);
+  kept.push_back({codes, scales});
+  return static_cast<int64_t>(kept.size()) - 1;
+}
+
+void drop_weights(int64_t number) {
+  const std::lock_guard<std::mutex> lock(guard);
+  kept.at(number) = {};
+}
+
+Weights weights_of(int64_t number) {
+  const std::lock_guard<std::mutex> lock(guard);
+  return kept.at(number);
+}
+
+at::Tensor kept_product(const at::Tensor& x, int64_t number, int64_t outputs) {
+  const Weights weights = weights_of(number);
+  TORCH_CHECK(weights.codes.defined() && weights.codes.size(0) * TILE == outputs, "no such weights: ", number);
+  if (weights.scales.scalar_type() == at::kFloat) return int8_product(x, weights.codes, weights.scales);
+  return int4_product(x, weights.codes, weights.scales);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(arimg, library) {
+  library.def("keep_weights(Tensor codes, Tensor scales) -> int");
+  library.def("drop_weights(int number) -> ()", drop_weights);
+  library.def("kept_product(Tensor x, int number, int outputs) -> Tensor");
+  library.impl("keep_weights", c10::DispatchKey::CPU, keep_weights);
+  library.impl("kept_product", c10::DispatchKey::CPU, kept_product);
   library.def("int4_product(Tensor x, Tensor codes, Tensor scales) -> Tensor");
   library.def("int8_product(Tensor x, Tensor codes, Tensor scales) -> Tensor");
   library.impl("int4_product", c10::DispatchKey::CPU, int4_product);

@@ -3,6 +3,9 @@ inputs."""
 
 from __future__ import annotations
 
+import weakref
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -15,6 +18,7 @@ def register() -> None:
     """Tell torch.compile the shape of the result. Called once, after the build."""
     for name in ("int4_product", "int8_product"):
         torch.library.register_fake(f"arimg::{name}", _shape)
+    torch.library.register_fake("arimg::kept_product", _shape_kept)
 
 
 def pack_int4(codes_NK: Tensor, scale_NG: Tensor, zero_NG: Tensor) -> tuple[Tensor, Tensor]:
@@ -54,6 +58,28 @@ def int8_product(x_MK: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
     """(M, N) float32."""
     out_MN: Tensor = torch.ops.arimg.int8_product(x_MK.float().contiguous(), codes, scales)
     return out_MN
+
+
+class KeptWeight:
+    """Packed codes and scales, and the product with them. Compiled graphs know them by a number, as handing over a
+    hundred tensors takes as long as some of the products; copies of a layer share them."""
+
+    def __init__(self, codes: Tensor, scales: Tensor) -> None:
+        self.outputs = len(codes) * TILE
+        self.number: int = torch.ops.arimg.keep_weights(codes, scales)
+        weakref.finalize(self, torch.ops.arimg.drop_weights, self.number).atexit = False
+
+    def __call__(self, x_MK: Tensor) -> Tensor:
+        """(M, N) float32."""
+        out_MN: Tensor = torch.ops.arimg.kept_product(x_MK.float().contiguous(), self.number, self.outputs)
+        return out_MN
+
+    def __deepcopy__(self, memo: Any) -> KeptWeight:
+        return self
+
+
+def _shape_kept(x_MK: Tensor, number: int, outputs: int) -> Tensor:
+    return x_MK.new_empty(len(x_MK), outputs)
 
 
 def _shape(x_MK: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
