@@ -224,17 +224,18 @@ class Target:
         guided_stop, prefix = self.request.guidance.interval[1], self._backbone.prefix_length
         scales = self._scales if guided_stop is None or reached + 1 < guided_stop else {FULL: self._scales[FULL]}
         positions_BW = positions_BW.clamp(max=self.request.length - 1)
-        at_RW = slots_RW = (prefix + positions_BW).repeat(len(scales), 1)
+        tokens_BW = positions_BW + 1
+        at_RW = slots_RW = torch.cat([prefix + positions_BW] * len(scales))
         if leaves:
             scratch_W = torch.arange(leaves, device=at_RW.device) + prefix + self.request.length
             slots_RW = torch.cat([at_RW[:, :-leaves], scratch_W.expand(at_RW.shape[0], -1)], dim=1)
         if stop is not None:
             self._cache.limit(min(prefix + stop, prefix + self.request.length))
         self.forward_passes += 1
-        x_RWD = self._backbone.embed(codes_BW.repeat(len(scales), 1), at_RW)
-        logits_RWV = self._backbone.predict(x_RWD, slots_RW, self._cache, self._inject(positions_BW + 1, scales),
+        x_RWD = self._backbone.embed(torch.cat([codes_BW] * len(scales)), at_RW)
+        logits_RWV = self._backbone.predict(x_RWD, slots_RW, self._cache, self._inject(tokens_BW, scales),
                                             at_RW if leaves else None)
-        return self._guided(logits_RWV, positions_BW + 1, scales)
+        return self._guided(logits_RWV, tokens_BW, scales)
 
     def _inject(self, tokens_BW: Tensor, branches: Collection[str]) -> Tensor | None:
         """inject_KRWD for the passes of these branches that predict these tokens."""
