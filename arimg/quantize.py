@@ -261,7 +261,7 @@ def quantize(network: nn.Module, name: str) -> nn.Module:
 
 def _keep_rows_apart(network: nn.Module, blocks: nn.ModuleList) -> None:
     """Let `network.exact` say whether passes of any width have the same laws, and make it so if this machine can. Keys
-    and values are then kept in 16 bits, as half of the numbers that a narrow pass reads are theirs."""
+    and values are then kept in 16 bits, as a narrow pass reads them all."""
     reason = build_error("attention")
     linears = [layer for layer in blocks.modules() if isinstance(layer, (nn.Linear, WeightOnlyLinear))]
     exact = reason is None and all(getattr(linear, "exact", False) for linear in linears)

@@ -28,7 +28,7 @@ def build_error(name: str) -> str | None:
     no C++ compiler, or a processor without what the file asks for."""
     try:
         from torch._inductor.codecache import CppCodeCache
-        log.info("kernel %s: building it, unless this machine has it already (ten seconds, once)", name)
+        log.info("kernel %s: building it, unless this machine has it already (up to a minute, once)", name)
         CppCodeCache.load((_FOLDER / f"{name}.cpp").read_text(), extra_flags=_FLAGS)
         import_module(f"arimg.kernels.{name}").register()
     except (AttributeError, ImportError, OSError, RuntimeError, TypeError) as error:

@@ -314,7 +314,7 @@ class ARTransformer(nn.Module, Backbone):
         they did."""
         if self.norm.weight.device.type == "cpu":
             build_error("draw")                     # where it cannot be built, the same draws take longer
-            if self.attention_backend == "sdpa":        # takes twice as long for few queries
+            if self.attention_backend in ("sdpa", "exact"):     # sdpa takes twice as long for few queries
                 exact = self.norm.weight.dtype != torch.float64 and build_error("attention") is None
                 self.attention_backend = "exact" if exact else "math"
         else:
