@@ -265,11 +265,11 @@ def _keep_rows_apart(network: nn.Module, blocks: nn.ModuleList) -> None:
     reason = build_error("attention")
     linears = [layer for layer in blocks.modules() if isinstance(layer, (nn.Linear, WeightOnlyLinear))]
     exact = reason is None and all(getattr(linear, "exact", False) for linear in linears)
-    settings: dict[str, object] = {"exact": exact} if reason else {"exact": exact, "attention_backend": "exact"}
+    setattr(network, "exact", exact)
+    if reason is None:
+        setattr(network, "attention_backend", "exact")
     if reason is None and hasattr(network, "kv_dtype"):
-        settings["kv_dtype"] = torch.bfloat16
-    for key, value in settings.items():
-        setattr(network, key, value)
+        setattr(network, "kv_dtype", torch.bfloat16)
     if not exact:
         why = f"the kernel for attention does not run here ({reason})" if reason else "not all products are exact"
         log.warning("quantisation: %s; decoders that promise the codes of plain decoding keep that nearly", why)

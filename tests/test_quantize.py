@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -181,6 +182,8 @@ def test_weights_live_as_long_as_the_layers_that_have_them() -> None:
     weight = KeptWeight(*packed)
     number, copied = weight.number, copy.deepcopy(weight)
     assert torch.equal(weight(x_MK), int8_product(x_MK.contiguous(), *packed))
+    sent = pickle.loads(pickle.dumps(weight))
+    assert sent.number != number and torch.equal(sent(x_MK), weight(x_MK))
     del weight
     copied(x_MK)
     del copied

@@ -65,7 +65,7 @@ class KeptWeight:
     hundred tensors takes as long as some of the products; copies of a layer share them."""
 
     def __init__(self, codes: Tensor, scales: Tensor) -> None:
-        self.outputs = len(codes) * TILE
+        self.weights, self.outputs = (codes, scales), len(codes) * TILE
         self.number: int = torch.ops.arimg.keep_weights(codes, scales)
         weakref.finalize(self, torch.ops.arimg.drop_weights, self.number).atexit = False
 
@@ -76,6 +76,9 @@ class KeptWeight:
 
     def __deepcopy__(self, memo: Any) -> KeptWeight:
         return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return KeptWeight, self.weights         # another process gives them another number
 
 
 def _shape_kept(x_MK: Tensor, number: int, outputs: int) -> Tensor:
